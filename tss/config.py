@@ -1,0 +1,221 @@
+"""Settings: environment over an optional YAML file, all faults reported together.
+
+`TSS__SECTION__KEY` in the environment wins over `section: {key: …}` in the file that `TSS_CONFIG` names, which
+wins over the default here. Any secret can come from a file instead: `TSS__REDIS__PASSWORD_FILE=/run/secrets/x`.
+A key nobody knows is a fault, never ignored: a typo in a sampling rate must not become a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from tss.errors import ConfigError
+
+PREFIX = "TSS__"
+FILE_VARIABLE = "TSS_CONFIG"
+EMBEDDED = "embedded"
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class App(Section):
+    """The two halves and their timers."""
+
+    evaluation_workers: int = Field(4, ge=1, le=64, description="decide loops in this process")
+    evaluation_interval_secs: float = Field(1, gt=0, le=60, description="pause between two looks for due traces")
+    inactivity_timeout_secs: float = Field(60, gt=0, description="a trace is due when no span came for so long")
+    root_wait_secs: float | None = Field(
+        None, gt=0, description="shorter wait once the root span is in; unset = no such timer"
+    )
+    max_trace_duration_secs: float = Field(
+        300, gt=0, description="a trace is due so long after its first span, active or not"
+    )
+    max_buffer_traces: int = Field(
+        5_000_000, ge=1, description="pending traces of the whole fleet above which consumers pause"
+    )
+    max_buffer_spans: int = Field(
+        200_000_000, ge=1, description="pending spans of the whole fleet above which consumers pause"
+    )
+    claim_max_traces: int = Field(2000, ge=1, le=20_000, description="traces one worker claims at a time")
+    lease_secs: float = Field(
+        15, ge=1, le=300, description="a writer not heard of for so long is taken over by another"
+    )
+    shutdown_timeout_secs: float = Field(30, gt=0, description="time to finish and leave after SIGTERM")
+    instance_id: str = Field(
+        default_factory=socket.gethostname,
+        min_length=1,
+        max_length=200,
+        description="name of this process in logs and health; default: the host name",
+    )
+
+
+class Kafka(Section):
+    """Where spans come from."""
+
+    brokers: str = Field("localhost:9092", min_length=1, description="host:port list, or `embedded`")
+    input_topic: str = Field("otel-traces-raw", min_length=1, description="topic with OTLP records")
+    dead_letter_topic: str | None = Field(None, description="undecodable records go here; default: `<input_topic>.dlq`")
+    consumer_group: str = Field("tail-sampling-selector", min_length=1, description="shared by the whole fleet")
+    group_instance_id: str | None = Field(None, description="static membership: a restart keeps its partitions")
+    auto_offset_reset: Literal["latest", "earliest"] = Field(
+        "latest", description="where a group without committed offsets starts"
+    )
+    session_timeout_ms: int = Field(30_000, ge=1000, description="silence after which the broker gives up on us")
+    batch_max_records: int = Field(10_000, ge=1, le=100_000, description="records taken in one batch")
+    batch_max_bytes: int = Field(16 << 20, ge=1 << 10, le=1 << 30, description="bytes taken in one batch")
+    commit_interval_secs: float = Field(1, gt=0, le=60, description="how often offsets are committed")
+    partition_stall_secs: float = Field(
+        300, gt=0, description="a partition nobody reads for so long no longer holds the clock"
+    )
+    security_protocol: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = Field(
+        "plaintext", description="how to talk to the brokers"
+    )
+    sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, …")
+    sasl_username: str | None = Field(None, description="SASL user")
+    sasl_password: SecretStr | None = Field(None, description="SASL password")
+    ssl_ca_location: str | None = Field(None, description="file with the CA certificate")
+    ssl_certificate_location: str | None = Field(None, description="file with the client certificate")
+    ssl_key_location: str | None = Field(None, description="file with the client key")
+    ssl_key_password: SecretStr | None = Field(None, description="password of the client key")
+
+    @property
+    def dlq(self) -> str:
+        return self.dead_letter_topic or f"{self.input_topic}.dlq"
+
+
+class Redis(Section):
+    """Where traces wait."""
+
+    url: str = Field("redis://localhost:6379", description="redis://, rediss://, unix://, or `embedded`")
+    password: SecretStr | None = Field(None, description="wins over the one in the URL")
+    db: int | None = Field(None, ge=0, description="wins over the one in the URL")
+    connection_timeout_secs: float = Field(5, gt=0, le=300, description="for connecting and for each answer")
+    trace_ttl_secs: float = Field(
+        3600, ge=60, description="how long a verdict is remembered after it landed, for late spans"
+    )
+    cluster_enabled: bool = Field(False, description="the URL names a node of a Redis Cluster")
+    shards: int = Field(8, ge=1, le=1024, description="parts the keys are cut into; the same on the whole fleet")
+    max_memory_bytes: int = Field(
+        0, ge=0, description="Redis memory above which consumers pause; 0 = 80 % of the server's own limit"
+    )
+
+
+class Sampling(Section):
+    """What is kept without a rule."""
+
+    always_sample_errors: bool = Field(True, description="keep traces with a span of status ERROR")
+    error_sample_rate: Rate = Field(1.0, description="share of the traces with errors that is kept")
+    sample_latency: bool = Field(True, description="keep slow traces")
+    latency_threshold_ms: float = Field(5000, ge=0, description="a trace longer than this is slow")
+    latency_sample_rate: Rate = Field(1.0, description="share of the slow traces that is kept")
+    normal_sample_rate: Rate = Field(0.0, description="share of all other traces that is kept")
+
+
+class ForceSampling(Section):
+    """Live rules set through the admin API."""
+
+    enabled: bool = Field(True, description="apply force rules")
+    poll_interval_secs: float = Field(5, gt=0, le=3600, description="how often rules are read again")
+    use_pubsub: bool = Field(True, description="also listen for changes, so that they act at once")
+    pubsub_channel: str = Field("tss:force_rules:updates", min_length=1, description="channel of the changes")
+
+
+class Iceberg(Section):
+    """The production catalog and object store (`storage_type=iceberg`)."""
+
+    catalog_uri: str = Field("http://lakekeeper:8181/catalog", description="Iceberg REST catalog, without /v1")
+    catalog_token: SecretStr | None = Field(None, description="bearer token for the catalog")
+    warehouse: str = Field("traces", description="warehouse name in the catalog")
+    namespace: str = Field("default", min_length=1, description="namespace of both tables")
+    table_name: str = Field("spans", min_length=1, description="table of the kept spans")
+    decisions_table_name: str = Field("decisions", min_length=1, description="table of all decisions")
+    project_id: str | None = Field(None, description="sent as x-project-id when set (Lakekeeper)")
+    s3_endpoint: str | None = Field(None, description="wins over the endpoint the catalog sends; unset = AWS")
+    s3_access_key_id: str | None = Field(None, description="S3 key id")
+    s3_secret_access_key: SecretStr | None = Field(None, description="S3 secret key")
+    s3_session_token: SecretStr | None = Field(None, description="S3 session token")
+    s3_region: str = Field("us-east-1", min_length=1, description="S3 region")
+    s3_path_style: bool = Field(True, description="bucket in the path instead of the host name")
+
+
+class Local(Section):
+    """The embedded catalog (`storage_type=local`)."""
+
+    path: Path = Field(Path("data"), description="folder of the SQLite catalog and the files")
+
+
+class Storage(Section):
+    """Where kept spans and decisions go."""
+
+    storage_type: Literal["iceberg", "local"] = Field("local", description="REST catalog + S3, or SQLite + files")
+    iceberg: Iceberg = Field(default_factory=Iceberg)
+    local: Local = Field(default_factory=Local)
+    flush_interval_secs: float = Field(5, gt=0, le=300, description="longest wait of a decision for its commit")
+    flush_max_spans: int = Field(50_000, ge=1, le=5_000_000, description="kept spans after which a worker commits")
+    keep_snapshots: int = Field(20, ge=2, le=1000, description="snapshots kept; each makes every append slower")
+    request_timeout_secs: float = Field(30, gt=0, le=600, description="for one request to the catalog")
+
+
+class Api(Section):
+    """Who may use the admin routes, and how much a query may take."""
+
+    token: SecretStr | None = Field(None, description="bearer token for /admin")
+    allow_anonymous: bool = Field(
+        False, description="serve /admin without a token although the address is not loopback"
+    )
+    max_body_bytes: int = Field(1 << 20, ge=1 << 10, le=64 << 20, description="largest request body")
+    query_timeout_secs: float = Field(30, gt=0, le=600, description="a query is cancelled after this")
+    query_max_rows: int = Field(10_000, ge=1, le=1_000_000, description="rows in one answer")
+    query_memory_bytes: int = Field(256 << 20, ge=16 << 20, description="memory pool shared by all queries")
+    query_concurrency: int = Field(2, ge=1, le=64, description="queries at once; more wait their turn")
+
+
+class Observability(Section):
+    """Logs, metrics, health."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line shown")
+    json_logging: bool = Field(False, description="one JSON object a line")
+    metrics_addr: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104
+    metrics_port: Port = Field(9090, description="port of /metrics; 0 = any free one")
+    health_addr: str = Field("0.0.0.0", description="address of the health and admin API")  # noqa: S104
+    health_port: Port = Field(8080, description="port of the health and admin API; 0 = any free one")
+
+
+class Config(BaseSettings):
+    """All settings of one process. Build it with `load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        case_sensitive=False,
+        extra="forbid",
+        frozen=True,
+    )
+
+    app: App = Field(default_factory=App)
+    kafka: Kafka = Field(default_factory=Kafka)
+    redis: Redis = Field(default_factory=Redis)
+    sampling: Sampling = Field(default_factory=Sampling)
+    force_sampling: ForceSampling = Field(default_factory=ForceSampling)
+    storage: Storage = Field(default_factory=Storage)
+    api: Api = Field(default_factory=Api)
+    observability: Observability = Field(default_factory=Observability)
