@@ -1,0 +1,854 @@
+"""Redis: where traces wait. All key names and scripts are here, and what must be atomic is atomic here.
+
+Keys are cut into shards by trace id; all keys of shard n carry the tag `{tss:n}`, so each shard lives on one node of
+a Redis Cluster. Every shard is complete in itself: one MULTI or one script on one shard is the unit of atomicity.
+
+    {tss:n}:t:<id>     hash    a pending trace: field = facts + records of a chunk, value = its payload
+    {tss:n}:x:<id>     hash    the same hash after it was claimed; at most one open claim a trace
+    {tss:n}:seen       zset    pending trace → newest log time (GT)
+    {tss:n}:born       zset    trace, pending or claimed → oldest log time (LT); its minimum is `low`
+    {tss:n}:root       zset    pending trace whose root span is in → log time; only with a root timer
+    {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger
+    {tss:n}:open       set     <w>:<s> of every claim hash that exists
+    {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → "" for every chunk that landed
+    {tss:n}:live       zset    writer → lease expiry; who is not in it may not write
+    {tss:n}:clock      hash    partition → "<log time> <stamp> <epoch>"
+    {tss:n}:spans      string  spans pending or claimed
+    {tss:n}:epoch      string  the life of this Redis; absent = wiped
+
+Payload keys have no expiry, ever: they have an owner. Verdicts expire once released; nothing else outlives its use.
+
+A connection belongs to one run of one server. redis-py's clients reconnect and retry by themselves, which would
+publish a clock over spans the server lost; so connections are driven by hand here, and a missing answer ends them
+(`LinkLost`). Lua is used where a decision must be atomic with what it reads, and not for bulk writes, where it would
+double the server's work. Rejected: read-then-delete (a span between the two is lost; claiming renames instead), one
+key a span (a round trip each), eviction and TTLs on payloads (they lose silently).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from redis import crc
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
+
+from tss import config
+from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
+from tss.model import FACTS, ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
+
+log = logging.getLogger("tss")
+
+Command = tuple[Any, ...]
+
+LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for a busy disk
+WAITAOF_TIMEOUT_MS = 10_000
+SEND_BYTES_MAX = (
+    2 << 20
+)  # a larger request is sent in pieces, so that the server can answer others in between
+ID_BYTES = 16
+MEMORY_SHARE_OF_MAXMEMORY = 0.8
+MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
+OPEN_CLAIMS_SCANNED = 4  # times the claim limit: how far past claimed traces the duration timer looks
+
+
+# --- scripts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    text: str
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+_GUARD = """
+if not redis.call('ZSCORE', tag .. 'live', ARGV[2]) then return {'fenced', 'lease'} end
+if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} end
+"""
+
+# Step 7. The clock is read in the script: a claim between two readers' batches must see both or neither.
+CLAIM = Script(
+    """
+local tag = ARGV[1]
+"""
+    + _GUARD
+    + """
+local claim, name = ARGV[4], ARGV[5]
+local partitions, inactivity, root_wait = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local duration, limit, pressure = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local stall, since, scanned = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local entries = {}
+local raw = redis.call('HGETALL', tag .. 'clock')
+for i = 1, #raw, 2 do entries[raw[i]] = raw[i + 1] end
+local clock, waiting, stalled = now, {}, {}
+for p = 0, partitions - 1 do
+  local reached, stamp, epoch = string.match(entries[tostring(p)] or '', '^(%d+) (%d+) (.+)$')
+  if epoch ~= ARGV[3] then
+    waiting[#waiting + 1] = p
+  elseif now - math.max(tonumber(stamp), since) > stall then
+    stalled[#stalled + 1] = p
+  else
+    clock = math.min(clock, tonumber(reached))
+  end
+end
+if partitions == 0 or #waiting > 0 or #stalled == partitions then clock = -1 end
+
+local taken = {}
+local function take(id, trigger)
+  local pending, claimed = tag .. 't:' .. id, tag .. 'x:' .. id
+  if redis.call('EXISTS', pending) == 0 then
+    redis.call('ZREM', tag .. 'seen', id)
+    redis.call('ZREM', tag .. 'root', id)
+    if redis.call('EXISTS', claimed) == 0 then redis.call('ZREM', tag .. 'born', id) end
+  elseif redis.call('RENAMENX', pending, claimed) == 0 then
+    if clock >= 0 then redis.call('ZADD', tag .. 'seen', 'XX', 'GT', clock, id) end
+  else
+    redis.call('HSET', claim, id, trigger)
+    redis.call('ZREM', tag .. 'seen', id)
+    redis.call('ZREM', tag .. 'root', id)
+    taken[#taken + 1] = id
+    taken[#taken + 1] = trigger
+  end
+end
+
+local due = 0
+if clock >= 0 then
+  due = redis.call('ZCOUNT', tag .. 'seen', '-inf', clock - inactivity)
+  for _, id in ipairs(redis.call('ZRANGE', tag .. 'seen', '-inf', clock - inactivity, 'BYSCORE', 'LIMIT', 0, limit)) do
+    take(id, 0)
+  end
+  if root_wait >= 0 and #taken < 2 * limit then
+    for _, id in ipairs(redis.call('ZRANGE', tag .. 'root', '-inf', clock - root_wait, 'BYSCORE', 'LIMIT', 0, limit)) do
+      local seen = redis.call('ZSCORE', tag .. 'seen', id)
+      if not seen then
+        redis.call('ZREM', tag .. 'root', id)
+      elseif tonumber(seen) <= clock - root_wait then
+        take(id, 1)
+      else
+        redis.call('ZADD', tag .. 'root', seen, id)
+      end
+    end
+  end
+  if #taken < 2 * limit then
+    for _, id in ipairs(redis.call('ZRANGE', tag .. 'born', '-inf', clock - duration, 'BYSCORE', 'LIMIT', 0, scanned)) do
+      if #taken >= 2 * limit then break end
+      if redis.call('ZSCORE', tag .. 'seen', id) then take(id, 2) end
+    end
+  end
+end
+if pressure > 0 and #taken < 2 * pressure then
+  for _, id in ipairs(redis.call('ZRANGE', tag .. 'seen', 0, pressure - 1)) do take(id, 4) end
+end
+if #taken > 0 then redis.call('SADD', tag .. 'open', name) end
+return {'ok', clock, table.concat(waiting, ','), table.concat(stalled, ','), due, taken}
+"""
+)
+
+# Step 9. The first verdict wins; a dropped trace may turn to kept only where something of it landed before.
+RECORD = Script(
+    """
+local tag = ARGV[1]
+"""
+    + _GUARD
+    + """
+local claim, out = ARGV[4], {}
+for i = 5, #ARGV, 3 do
+  local id, candidate, upgrade = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if redis.call('HEXISTS', claim, id) == 0 then
+    out[#out + 1] = false
+  else
+    local key = tag .. 'd:' .. id
+    local verdict = redis.call('HGET', key, 'v')
+    if not verdict then
+      verdict = candidate
+      redis.call('HSET', key, 'v', verdict)
+    elseif upgrade ~= '' and string.sub(verdict, 1, 1) == '0' and redis.call('HLEN', key) > 1 then
+      verdict = upgrade
+      redis.call('HSET', key, 'v', verdict)
+    end
+    redis.call('PERSIST', key)
+    out[#out + 1] = {verdict, redis.call('HKEYS', key)}
+  end
+end
+return {'ok', out}
+"""
+)
+
+# Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed".
+RELEASE = Script(
+    f"""
+local tag = ARGV[1]
+{_GUARD}
+local claim, name, ttl, facts = ARGV[4], ARGV[5], ARGV[6], {FACTS.itemsize}
+local released, spans = 0, 0
+for i = 7, #ARGV do
+  local id = ARGV[i]
+  if redis.call('HDEL', claim, id) == 1 then
+    local pending, claimed, verdict = tag .. 't:' .. id, tag .. 'x:' .. id, tag .. 'd:' .. id
+    for _, field in ipairs(redis.call('HKEYS', claimed)) do
+      spans = spans + struct.unpack('<I4', string.sub(field, 9, 12))
+      redis.call('HSET', verdict, 'r' .. string.sub(field, facts + 1), '')
+    end
+    redis.call('PEXPIRE', verdict, ttl)
+    redis.call('UNLINK', claimed)
+    local oldest = nil
+    for _, field in ipairs(redis.call('HKEYS', pending)) do
+      local first = struct.unpack('<i8', string.sub(field, 1, 8))
+      if not oldest or first < oldest then oldest = first end
+    end
+    if oldest then redis.call('ZADD', tag .. 'born', oldest, id) else redis.call('ZREM', tag .. 'born', id) end
+    released = released + 1
+  end
+end
+redis.call('DECRBY', tag .. 'spans', spans)
+if redis.call('EXISTS', claim) == 0 then redis.call('SREM', tag .. 'open', name) end
+return {{'ok', released}}
+"""
+)
+
+# While a sequence waits for the table: what was dropped need not be kept in memory. Fields stay, for the release.
+FREE = Script(
+    """
+local tag = ARGV[1]
+"""
+    + _GUARD
+    + """
+local claim, freed = ARGV[4], 0
+for i = 5, #ARGV do
+  if redis.call('HEXISTS', claim, ARGV[i]) == 1 then
+    local key = tag .. 'x:' .. ARGV[i]
+    for _, field in ipairs(redis.call('HKEYS', key)) do redis.call('HSET', key, field, '') end
+    freed = freed + 1
+  end
+end
+return {'ok', freed}
+"""
+)
+
+# A lease is extended only for writers that still have one: a lost entry fences.
+RENEW = Script(
+    """
+local tag, lease = ARGV[1], tonumber(ARGV[2])
+local time = redis.call('TIME')
+local expiry, lost = time[1] * 1000 + math.floor(time[2] / 1000) + lease, {}
+for i = 3, #ARGV do
+  if redis.call('ZSCORE', tag .. 'live', ARGV[i]) then
+    redis.call('ZADD', tag .. 'live', expiry, ARGV[i])
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost
+"""
+)
+
+# Steps 6: a fresh id enters with a lease; refused when the epoch is not the one its tables agreed on.
+ENROLL = Script(
+    """
+local tag = ARGV[1]
+if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} end
+local time = redis.call('TIME')
+redis.call('ZADD', tag .. 'live', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[4], ARGV[2])
+return {'ok'}
+"""
+)
+
+SCRIPTS = (CLAIM, RECORD, RELEASE, FREE, RENEW, ENROLL)
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """When a trace is due, in milliseconds of log time; `root_wait_ms` None = no such timer."""
+
+    inactivity_ms: int
+    root_wait_ms: int | None
+    max_duration_ms: int
+    stall_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimResult:
+    """`waiting` holds partitions never heard of, which hold the clock; `stalled` those left out of it."""
+
+    traces: list[tuple[bytes, Trigger]]
+    clock_ms: int | None
+    waiting: tuple[int, ...]
+    stalled: tuple[int, ...]
+    due: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The verdict that holds, and the records of the trace that landed before."""
+
+    verdict: Verdict
+    coverage: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the fleet holds in Redis now."""
+
+    memory_bytes: int
+    budget_bytes: int
+    pending_traces: int
+    pending_spans: int
+    oldest_ms: int | None
+
+
+def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
+    """Shard of each row of (n, 16) ids: both halves mixed, as ids may be random in either."""
+    halves = np.ascontiguousarray(trace_ids).view("<u8").reshape(-1, 2)
+    mixed = (halves[:, 0] ^ (halves[:, 1] << np.uint64(1))) * np.uint64(0x9E3779B97F4A7C15)
+    return ((mixed >> np.uint64(33)) % np.uint64(shards)).astype(np.int64)
+
+
+# --- one connection ----------------------------------------------------------------------------------------------
+
+
+class Link:
+    """One connection to one run of one server. Any fault ends it; it never reconnects."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        try:
+            connection.connect()
+            info = self.info("server")
+        except (AuthenticationError, ResponseError) as fault:
+            connection.disconnect()
+            raise ConfigError(f"redis.url / redis.password: the server refused us: {fault}") from fault
+        except (RedisError, OSError) as fault:
+            connection.disconnect()
+            raise LinkLost(str(fault)) from fault
+        self.run_id = info["run_id"]
+        replies = self.send([("SCRIPT", "LOAD", script.text) for script in SCRIPTS])
+        _raise_first(replies)
+
+    def send(self, commands: Sequence[Command]) -> list[Any]:
+        """One round trip; error replies come back as values. Raises LinkLost when any answer is missing."""
+        try:
+            packed: list[bytes] = []
+            size = 0
+            for piece in self._connection.pack_commands(commands):
+                packed.append(piece)
+                size += len(piece)
+                if size > SEND_BYTES_MAX:
+                    self._connection.send_packed_command(packed, check_health=False)
+                    packed, size = [], 0
+            if packed:
+                self._connection.send_packed_command(packed, check_health=False)
+            return [self._answer() for _ in commands]
+        except (RedisError, OSError) as fault:
+            self.close()
+            raise LinkLost(f"{type(fault).__name__}: {fault}") from fault
+
+    def _answer(self) -> Any:
+        try:
+            return self._connection.read_response(disconnect_on_error=False)
+        except RedisConnectionError:
+            raise
+        except ResponseError as error:
+            return error
+
+    def call(self, *command: Any) -> Any:
+        (reply,) = self.send([command])
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def info(self, section: str) -> dict[str, str]:
+        text: bytes = self.call("INFO", section)
+        lines = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
+        return {key: value for key, _, value in lines}
+
+    def now_ms(self) -> int:
+        seconds, micros = self.call("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+
+def _raise_first(replies: Iterable[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+# --- the buffer --------------------------------------------------------------------------------------------------
+
+
+class Buffer:
+    """One loop's view of all shards, over connections of its own. Not for use by two threads.
+
+    Every method raises LinkLost when an answer is missing, and Unavailable when Redis refuses a write for want of
+    memory; then nothing of that shard's transaction was applied.
+    """
+
+    def __init__(self, settings: config.Redis) -> None:
+        """Step 1: connects, and reads the run of every node and the epoch."""
+        self._shards = settings.shards
+        self._links, self._home = _connect(settings)
+        self.epoch = self.read_epoch()
+        self._since_ms = max(link.now_ms() for link in self._links)
+        self.persistence = [_persistence(link) for link in self._links]
+        self._budget = settings.max_memory_bytes or sum(_server_budget(link) for link in self._links)
+        self._repeated = [0] * self._shards
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+
+    def _all(self, commands: Mapping[int, list[Command]]) -> dict[int, list[Any]]:
+        """Commands by shard, one round trip a node; replies by shard in the same order."""
+        replies: dict[int, list[Any]] = {}
+        for at, link in enumerate(self._links):
+            mine = [shard for shard in commands if self._home[shard] == at]
+            if not mine:
+                continue
+            answers = iter(link.send([command for shard in mine for command in commands[shard]]))
+            for shard in mine:
+                replies[shard] = [next(answers) for _ in commands[shard]]
+        return replies
+
+    def _scripted(self, script: Script, arguments: Mapping[int, Sequence[Any]]) -> dict[int, list[Any]]:
+        """One script on several shards. Raises Fenced where it refused."""
+        commands = {
+            shard: [("EVALSHA", script.sha, 1, _tag(shard), _tag(shard), *rest)]
+            for shard, rest in arguments.items()
+        }
+        out = {}
+        for shard, (reply,) in self._all(commands).items():
+            if isinstance(reply, Exception):
+                raise reply
+            if reply and reply[0] == b"fenced":
+                raise Fenced(f"shard {shard} refused the writer: its {reply[1].decode()} is gone")
+            out[shard] = reply
+        return out
+
+    # --- epoch and round trips (steps 1, 4, 5, 10) ---
+
+    def read_epoch(self) -> str | None:
+        """The epoch all shards agree on, or None when one lacks it or they differ."""
+        replies = self._all({shard: [("GET", _tag(shard) + b"epoch")] for shard in range(self._shards)})
+        epochs = {reply[0] for reply in replies.values()}
+        (epoch,) = epochs if len(epochs) == 1 else (None,)
+        return epoch.decode() if epoch else None
+
+    def confirm(self) -> int | None:
+        """One round trip a node that shows run and epoch unchanged; returns `low`, the oldest log time held."""
+        for link in self._links:
+            if link.info("server")["run_id"] != link.run_id:
+                link.close()
+                raise LinkLost("the server was restarted")
+        commands: dict[int, list[Command]] = {
+            shard: [("GET", _tag(shard) + b"epoch"), ("ZRANGE", _tag(shard) + b"born", 0, 0, "WITHSCORES")]
+            for shard in range(self._shards)
+        }
+        lows = []
+        for epoch, oldest in self._all(commands).values():
+            if (epoch or b"").decode() != (self.epoch or ""):
+                raise LinkLost(f"the epoch changed from {self.epoch} to {epoch}")
+            if oldest:
+                lows.append(int(float(oldest[1])))
+        return min(lows, default=None)
+
+    def wait_durable(self) -> None:
+        """Step 10: what this connection wrote is on disk, as far as the server's settings allow, and it still runs."""
+        timed = not all(p.waits for p in self.persistence)
+        for link, persistence in zip(self._links, self.persistence, strict=True):
+            if persistence.waits and link.call("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)[0] < 1:
+                raise Unavailable("Redis", "redis.url", f"no fsync of the AOF within {WAITAOF_TIMEOUT_MS} ms")
+        if timed:
+            time.sleep(LAG_SECS)
+        self.confirm()
+
+    # --- ingest (step 3) ---
+
+    def append(self, chunks: Chunks, clocks: Mapping[int, int], now_ms: int, *, root_timer: bool) -> int:
+        """One MULTI a shard: chunks, indexes and the partitions' clocks together. All shards get the clocks.
+
+        Returns how many spans the server held already in an identical chunk.
+        """
+        entries = [part for p, at in clocks.items() for part in (str(p), f"{at} {now_ms} {self.epoch}")]
+        shards = shard_of(chunks.trace_ids, self._shards) if len(chunks) else np.zeros(0, np.int64)
+        order = np.argsort(shards, kind="stable")
+        rows_of: dict[int, list[int]] = {shard: [] for shard in range(self._shards)}
+        for row in order.tolist():
+            rows_of[int(shards[row])].append(row)
+        commands = {
+            shard: self._transaction(shard, chunks, rows, entries, root_timer=root_timer)
+            for shard, rows in rows_of.items()
+            if rows or entries
+        }
+        repeated = 0
+        for shard, replies in self._all(commands).items():
+            result = replies[-1]
+            if isinstance(result, Exception):
+                refused = next(r for r in replies if isinstance(r, Exception))
+                raise Unavailable(
+                    "Redis", "redis.max_memory_bytes", f"it refused a write: {refused}"
+                ) from result
+            again = sum(
+                int(chunks.facts["spans"][row])
+                for row, new in zip(rows_of[shard], result, strict=False)
+                if not new
+            )
+            self._repeated[shard] = again
+            repeated += again
+        return repeated
+
+    def _transaction(
+        self, shard: int, chunks: Chunks, rows: Sequence[int], entries: Sequence[str], *, root_timer: bool
+    ) -> list[Command]:
+        tag = _tag(shard)
+        commands: list[Command] = [("MULTI",)]
+        seen: list[Any] = []
+        born: list[Any] = []
+        root: list[Any] = []
+        spans = -self._repeated[shard]
+        for row in rows:
+            trace_id = chunks.trace_id(row)
+            facts = chunks.facts[row]
+            first = int(facts["log_time_ms"])
+            last = first + int(facts["log_span_ms"])
+            commands.append(("HSET", tag + b"t:" + trace_id, chunks.field(row), chunks.payload(row)))
+            seen += (last, trace_id)
+            born += (first, trace_id)
+            spans += int(facts["spans"])
+            if root_timer and facts["bits"] & ROOT:
+                root += (last, trace_id)
+        if rows:
+            commands.append(("ZADD", tag + b"seen", "GT", *seen))
+            commands.append(("ZADD", tag + b"born", "LT", *born))
+        if spans:
+            commands.append(("INCRBY", tag + b"spans", spans))
+        if root:
+            commands.append(("ZADD", tag + b"root", *root))
+        if entries:
+            commands.append(("HSET", tag + b"clock", *entries))
+        commands.append(("EXEC",))
+        self._repeated[shard] = 0
+        return commands
+
+    # --- writers (steps 6, 14, 16) ---
+
+    def enroll(self, writer: str, lease_secs: float) -> None:
+        """Step 6. Raises Fenced when a shard shows another epoch."""
+        rest = (writer, self.epoch or "", int(lease_secs * 1000))
+        self._scripted(ENROLL, dict.fromkeys(range(self._shards), rest))
+
+    def renew(self, writers: Sequence[str], lease_secs: float) -> set[str]:
+        """Extends leases; returns the writers that lost theirs on some shard."""
+        if not writers:
+            return set()
+        rest = (int(lease_secs * 1000), *writers)
+        replies = self._scripted(RENEW, dict.fromkeys(range(self._shards), rest))
+        return {name.decode() for lost in replies.values() for name in lost}
+
+    def resign(self, writer: str) -> None:
+        """Takes a writer out of `live` on every shard: from then on it cannot write."""
+        self._all({shard: [("ZREM", _tag(shard) + b"live", writer)] for shard in range(self._shards)})
+
+    def abandoned(self) -> list[tuple[str, int]]:
+        """(writer, sequence) of claims without a live owner, lowest sequence first (step 14)."""
+        now = max(link.now_ms() for link in self._links)
+        commands: dict[int, list[Command]] = {
+            shard: [
+                ("SMEMBERS", _tag(shard) + b"open"),
+                ("ZRANGE", _tag(shard) + b"live", now, "+inf", "BYSCORE"),
+                ("ZRANGE", _tag(shard) + b"live", "-inf", f"({now}", "BYSCORE"),
+            ]
+            for shard in range(self._shards)
+        }
+        found: set[tuple[str, int]] = set()
+        expired: set[str] = set()
+        for open_claims, live, late in self._all(commands).values():
+            expired.update(name.decode() for name in late)
+            for name in open_claims:
+                writer, _, sequence = name.decode().rpartition(":")
+                if writer.encode() not in live:
+                    found.add((writer, int(sequence)))
+        for writer in expired:
+            self.resign(writer)
+        return sorted(found, key=lambda claim: (claim[1], claim[0]))
+
+    # --- a sequence (steps 7, 8, 9, 13) ---
+
+    def claim(
+        self, writer: str, sequence: int, timers: Timers, partitions: int, limit: int, *, pressure: int
+    ) -> ClaimResult:
+        """Step 7 on every shard; `limit` and `pressure` are numbers of traces for all shards together."""
+        each = -(-limit // self._shards)
+        root_wait = -1 if timers.root_wait_ms is None else timers.root_wait_ms
+        arguments = {
+            shard: (
+                *(writer, self.epoch or "", _claim_key(shard, writer, sequence), f"{writer}:{sequence}"),
+                *(partitions, timers.inactivity_ms, root_wait, timers.max_duration_ms, each),
+                *(-(-pressure // self._shards), timers.stall_ms, self._since_ms, each * OPEN_CLAIMS_SCANNED),
+            )
+            for shard in range(self._shards)
+        }
+        traces: list[tuple[bytes, Trigger]] = []
+        clocks, waiting, stalled, due = [], set(), set(), 0
+        for reply in self._scripted(CLAIM, arguments).values():
+            _, clock, unheard, silent, backlog, taken = reply
+            clocks.append(clock)
+            waiting.update(map(int, filter(None, unheard.split(b","))))
+            stalled.update(map(int, filter(None, silent.split(b","))))
+            due += backlog
+            traces += [(taken[i], Trigger(int(taken[i + 1]))) for i in range(0, len(taken), 2)]
+        clock = min(clocks)
+        return ClaimResult(
+            traces, clock if clock >= 0 else None, tuple(sorted(waiting)), tuple(sorted(stalled)), due
+        )
+
+    def claimed_by(self, writer: str, sequence: int) -> list[tuple[bytes, Trigger]]:
+        """What a sequence holds on all shards: how an adopter learns of it."""
+        commands: dict[int, list[Command]] = {
+            shard: [("HGETALL", _claim_key(shard, writer, sequence))] for shard in range(self._shards)
+        }
+        out = []
+        for (pairs,) in self._all(commands).values():
+            _raise_first([pairs])
+            out += [(pairs[i], Trigger(int(pairs[i + 1]))) for i in range(0, len(pairs), 2)]
+        return out
+
+    def facts(self, traces: Sequence[tuple[bytes, Trigger]]) -> list[Claimed]:
+        """Step 8: field names of claimed traces, no payload moved. A trace released meanwhile is left out."""
+        replies = self._each([trace_id for trace_id, _ in traces], lambda tag, i: ("HKEYS", tag + b"x:" + i))
+        return [
+            Claimed(i, trigger, tuple(names))
+            for (i, trigger), names in zip(traces, replies, strict=True)
+            if names
+        ]
+
+    def payloads(self, trace_ids: Sequence[bytes]) -> list[dict[bytes, bytes]]:
+        """Field → payload of claimed traces."""
+        replies = self._each(trace_ids, lambda tag, i: ("HGETALL", tag + b"x:" + i))
+        return [dict(zip(pairs[::2], pairs[1::2], strict=True)) for pairs in replies]
+
+    def _each(self, trace_ids: Sequence[bytes], command: Any) -> list[Any]:
+        """One read a trace, in the order given."""
+        shards = self._shards_of(trace_ids)
+        by_shard: dict[int, list[Command]] = {}
+        for shard, trace_id in zip(shards, trace_ids, strict=True):
+            by_shard.setdefault(shard, []).append(command(_tag(shard), trace_id))
+        replies = {shard: iter(answers) for shard, answers in self._all(by_shard).items()}
+        out = [next(replies[shard]) for shard in shards]
+        _raise_first(out)
+        return out
+
+    def _shards_of(self, trace_ids: Sequence[bytes]) -> list[int]:
+        table = np.frombuffer(b"".join(trace_ids), np.uint8).reshape(-1, ID_BYTES)
+        return [int(shard) for shard in shard_of(table, self._shards)]
+
+    def record(
+        self, me: str, owner: str, sequence: int, candidates: Sequence[tuple[bytes, Verdict, Verdict | None]]
+    ) -> list[Recorded | None]:
+        """Step 9: (trace, candidate, upgrade) to the verdict that holds; None where the claim is gone."""
+        shards = self._shards_of([trace_id for trace_id, _, _ in candidates])
+        arguments: dict[int, list[Any]] = {}
+        for shard, (trace_id, candidate, upgrade) in zip(shards, candidates, strict=True):
+            mine = arguments.setdefault(shard, [me, self.epoch or "", _claim_key(shard, owner, sequence)])
+            mine += (trace_id, candidate.encode(), upgrade.encode() if upgrade else b"")
+        replies = {shard: iter(reply[1]) for shard, reply in self._scripted(RECORD, arguments).items()}
+        return [_recorded(next(replies[shard])) for shard in shards]
+
+    def free(self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes]) -> None:
+        """Empties the payloads of dropped traces of an open sequence."""
+        self._scripted(FREE, self._by_shard(me, owner, sequence, trace_ids, ()))
+
+    def release(self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes], ttl_secs: float) -> int:
+        """Step 13; returns how many were still claimed by that sequence."""
+        arguments = self._by_shard(
+            me, owner, sequence, trace_ids, (f"{owner}:{sequence}", int(ttl_secs * 1000))
+        )
+        return sum(reply[1] for reply in self._scripted(RELEASE, arguments).values())
+
+    def _by_shard(
+        self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes], extra: Sequence[Any]
+    ) -> dict[int, list[Any]]:
+        arguments: dict[int, list[Any]] = {}
+        for shard, trace_id in zip(self._shards_of(trace_ids), trace_ids, strict=True):
+            head = [me, self.epoch or "", _claim_key(shard, owner, sequence), *extra]
+            arguments.setdefault(shard, head).append(trace_id)
+        return arguments
+
+    # --- what there is ---
+
+    def usage(self) -> Usage:
+        """Memory, pending traces and spans of the whole fleet."""
+        commands: dict[int, list[Command]] = {
+            shard: [
+                ("ZCARD", _tag(shard) + b"born"),
+                ("GET", _tag(shard) + b"spans"),
+                ("ZRANGE", _tag(shard) + b"born", 0, 0, "WITHSCORES"),
+            ]
+            for shard in range(self._shards)
+        }
+        traces = spans = 0
+        oldest: list[int] = []
+        for pending, count, first in self._all(commands).values():
+            traces += pending
+            spans += int(count or 0)
+            oldest += [int(float(first[1]))] if first else []
+        memory = sum(int(link.info("memory")["used_memory"]) for link in self._links)
+        return Usage(memory, self._budget, traces, max(0, spans), min(oldest, default=None))
+
+    # --- a new life of Redis (step 15) ---
+
+    def propose_epoch(self, epoch: str) -> str:
+        """The fleet agrees on one fresh epoch: the first to propose wins. The proposal expires if nobody ends it."""
+        key = _tag(0) + b"next-epoch"
+        self._links[self._home[0]].call("SET", key, epoch, "NX", "EX", 600)
+        agreed: bytes = self._links[self._home[0]].call("GET", key)
+        return agreed.decode()
+
+    def forget_epoch(self) -> None:
+        """Nobody may write and no clock counts until the new epoch is set."""
+        names = (b"epoch", b"live", b"clock")
+        self._all({s: [("DEL", *(_tag(s) + name for name in names))] for s in range(self._shards)})
+
+    def remember(self, verdicts: Iterable[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
+        """Verdicts read back from the tables: (trace, verdict, coded records that landed or None)."""
+        for trace_id, verdict, origins in verdicts:
+            (shard,) = self._shards_of([trace_id])
+            key = _tag(shard) + b"d:" + trace_id
+            commands: list[Command] = [("HSETNX", key, "v", verdict.encode())]
+            if origins is not None:
+                commands.append(("HSET", key, b"r" + origins, ""))
+            commands.append(("PEXPIRE", key, int(ttl_secs * 1000)))
+            _raise_first(self._all({shard: commands})[shard])
+
+    def set_epoch(self, epoch: str) -> bool:
+        """Sets it on every shard, if the proposal still stands."""
+        key = _tag(0) + b"next-epoch"
+        if self._links[self._home[0]].call("GET", key) != epoch.encode():
+            return False
+        self._all({s: [("SET", _tag(s) + b"epoch", epoch)] for s in range(self._shards)})
+        self._links[self._home[0]].call("DEL", key)
+        self.epoch = epoch
+        return True
+
+
+def _recorded(reply: Any) -> Recorded | None:
+    if reply is None:
+        return None
+    verdict, names = reply
+    origins = (o for name in names if name[:1] == b"r" for o in decode_origins(name[1:]))
+    return Recorded(Verdict.decode(verdict), frozenset((o.partition, o.offset) for o in origins))
+
+
+def _tag(shard: int) -> bytes:
+    return b"{tss:%d}:" % shard
+
+
+def _claim_key(shard: int, writer: str, sequence: int) -> bytes:
+    return _tag(shard) + f"c:{writer}:{sequence}".encode()
+
+
+# --- connecting --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Persistence:
+    """What a server promises about its disk. `waits`: WAITAOF tells when a write is there."""
+
+    waits: bool
+    warnings: tuple[str, ...]
+
+
+def _persistence(link: Link) -> Persistence:
+    settings: dict[str, str] = {}
+    for name in ("appendonly", "appendfsync", "no-appendfsync-on-rewrite", "maxmemory-policy"):
+        (reply,) = link.send([("CONFIG", "GET", name)])
+        if isinstance(reply, Exception):  # managed services forbid CONFIG
+            return Persistence(False, ("its persistence settings cannot be read; appendonly yes is assumed",))
+        settings[name] = reply[1].decode() if reply else ""
+    wanted = {
+        "appendonly": ("yes",),
+        "appendfsync": ("everysec", "always"),
+        "no-appendfsync-on-rewrite": ("no",),
+        "maxmemory-policy": ("noeviction",),
+    }
+    warnings = tuple(
+        f"{name} is {settings[name] or 'unset'}; set it to {values[0]}, or a restart of Redis can lose spans"
+        for name, values in wanted.items()
+        if settings[name] not in values
+    )
+    (probe,) = link.send([("WAITAOF", 0, 0, 1)])
+    return Persistence(settings["appendonly"] == "yes" and not isinstance(probe, Exception), warnings)
+
+
+def _server_budget(link: Link) -> int:
+    memory = link.info("memory")
+    limit = int(memory.get("maxmemory", 0))
+    if limit:
+        return int(limit * MEMORY_SHARE_OF_MAXMEMORY)
+    return int(int(memory.get("total_system_memory", 0) or 8 << 30) * MEMORY_SHARE_OF_SYSTEM)
+
+
+def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
+    """Links, and for each shard which link is its home."""
+    first = _link(settings, {})
+    if not settings.cluster_enabled:
+        return [first], [0] * settings.shards
+    try:
+        ranges = first.call("CLUSTER", "SLOTS")
+    except ResponseError as fault:
+        raise ConfigError(
+            f"redis.cluster_enabled=true, but the server says: {fault}. Set TSS__REDIS__CLUSTER_ENABLED=false"
+        ) from fault
+    finally:
+        first.close()
+    links: dict[tuple[str, int], Link] = {}
+    homes = []
+    for shard in range(settings.shards):
+        slot = crc.key_slot(_tag(shard))
+        nodes = [(r[2][0].decode(), int(r[2][1])) for r in ranges if r[0] <= slot <= r[1]]
+        if not nodes:
+            raise LinkLost(f"no node of the cluster serves slot {slot} of shard {shard}")
+        if nodes[0] not in links:
+            links[nodes[0]] = _link(settings, {"host": nodes[0][0], "port": nodes[0][1]})
+        homes.append(list(links).index(nodes[0]))
+    return list(links.values()), homes
+
+
+def _link(settings: config.Redis, override: Mapping[str, Any]) -> Link:
+    timeout = settings.connection_timeout_secs
+    options: dict[str, Any] = {
+        "socket_timeout": timeout + WAITAOF_TIMEOUT_MS / 1000,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    if settings.db is not None:
+        options["db"] = settings.db
+    try:
+        pool = ConnectionPool.from_url(settings.url, **options)
+    except ValueError as fault:
+        raise ConfigError(f"redis.url is {settings.url!r}: {fault}") from fault
+    if settings.password is not None:
+        pool.connection_kwargs["password"] = settings.password.get_secret_value()
+    pool.connection_kwargs.update(override)
+    return Link(pool.make_connection())

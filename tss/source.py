@@ -1,0 +1,433 @@
+"""Kafka: records in, offsets out, bad records to the dead-letter topic.
+
+Every commit carries `tss1 <epoch> <low>` as its metadata: the life of Redis that the position is true for, and the
+oldest log time that Redis still held. Where a partition begins is one rule, whatever happened before: in the same
+epoch at the committed offset; else at the first offset with a time of `low` or later, but never above the committed
+one. A partition without a commit gets one before its first record is read, or a crash in between would skip what
+arrived meanwhile.
+
+All methods belong to one thread: rebalances are served inside `poll`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from tss import config
+from tss.errors import ConfigError, Unavailable
+from tss.model import DeadLetter, Record
+
+log = logging.getLogger("tss")
+
+FETCH_RECORDS = 500  # taken from the client at a time, so that a batch can be bounded by bytes
+REQUEST_TIMEOUT_SECS = 10.0
+PARTITIONS_REFRESH_SECS = 30.0
+DEAD_LETTER_TIMEOUT_SECS = 30.0
+PREFETCH_BYTES = 64 << 20  # librdkafka's own queue; its default of 64 MB a partition would be gigabytes
+DETAIL_CHARS_MAX = 500
+
+_FATAL_FOR_CONFIG = {
+    KafkaError._AUTHENTICATION: "kafka.sasl_username / kafka.sasl_password",
+    KafkaError.SASL_AUTHENTICATION_FAILED: "kafka.sasl_username / kafka.sasl_password",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "kafka.input_topic",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "kafka.consumer_group",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A committed position and what it was true for."""
+
+    offset: int
+    epoch: str | None
+    low_ms: int | None
+
+    @classmethod
+    def read(cls, offset: int, metadata: str | None) -> Commit:
+        parts = (metadata or "").split(" ")
+        if len(parts) == 3 and parts[0] == "tss1":
+            return cls(offset, parts[1], int(parts[2]))
+        return cls(offset, None, None)
+
+    @property
+    def metadata(self) -> str:
+        return f"tss1 {self.epoch} {self.low_ms}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Where the log of each partition ended at `asked_ms`."""
+
+    asked_ms: int
+    high: dict[int, int]
+
+
+def client_settings(settings: config.Kafka) -> dict[str, Any]:
+    """What every client of these brokers needs."""
+    out: dict[str, Any] = {
+        "bootstrap.servers": settings.brokers,
+        "security.protocol": settings.security_protocol,
+        "sasl.mechanism": settings.sasl_mechanism,
+        "sasl.username": settings.sasl_username,
+        "sasl.password": settings.sasl_password and settings.sasl_password.get_secret_value(),
+        "ssl.ca.location": settings.ssl_ca_location,
+        "ssl.certificate.location": settings.ssl_certificate_location,
+        "ssl.key.location": settings.ssl_key_location,
+        "ssl.key.password": settings.ssl_key_password and settings.ssl_key_password.get_secret_value(),
+        "log_level": 2,  # at the default, an absent broker is a line every 50 ms; `error_cb` says it once
+    }
+    return {key: value for key, value in out.items() if value is not None}
+
+
+class Source:
+    """The consumer of one process. `revoked` is told which partitions are lost, before they are given up."""
+
+    def __init__(
+        self, settings: config.Kafka, *, embedded: bool, revoked: Callable[[set[int]], None]
+    ) -> None:
+        self._settings = settings
+        self._topic = settings.input_topic
+        self._revoked = revoked
+        self._assigned: set[int] = set()
+        self._paused = False
+        self._epoch: str | None = None
+        self._ends_request: tuple[int, dict[TopicPartition, Future[Any]]] | None = None
+        self._partitions_read_at = -PARTITIONS_REFRESH_SECS
+        self._producer: Producer | None = None
+        self.partition_count = 0
+        self.reached: dict[int, int] = {}
+        self.fault: str | None = "not heard of yet"
+        self.commits: list[KafkaError | None] = []
+        common = client_settings(settings)
+        options = {
+            "group.id": settings.consumer_group,
+            "session.timeout.ms": settings.session_timeout_ms,
+            "heartbeat.interval.ms": max(100, settings.session_timeout_ms // 10),
+            "partition.assignment.strategy": "cooperative-sticky",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "error",  # every start is explicit; falling off the log's end is said aloud
+            "enable.partition.eof": True,
+            "queued.max.messages.kbytes": PREFETCH_BYTES >> 10,
+            "fetch.message.max.bytes": 4 << 20,
+            "error_cb": self._on_error,
+            "on_commit": self._on_commit,
+        }
+        if settings.group_instance_id:
+            options["group.instance.id"] = settings.group_instance_id
+        if (
+            embedded
+        ):  # the mock broker answers an empty fetch only after its whole wait, and rebalances as slowly
+            options |= {"fetch.wait.max.ms": 20, "session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
+        try:
+            self._consumer = Consumer(common | options)
+            self._admin = AdminClient(common | {"error_cb": self._on_error})
+        except KafkaException as fault:
+            raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
+        self._consumer.subscribe(
+            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    # --- where partitions begin (step 2) ---
+
+    def begin(self, epoch: str) -> None:
+        """All partitions start again by the one rule, in this epoch; what was polled before must be forgotten."""
+        self._epoch = epoch
+        held = sorted(self._assigned)
+        if held:
+            self._consumer.incremental_unassign([TopicPartition(self._topic, p) for p in held])
+            self._assign(held)
+
+    def _assign(self, partitions: Sequence[int]) -> None:
+        starts = self._starts(partitions)
+        self._consumer.incremental_assign([TopicPartition(self._topic, p, at) for p, at in starts.items()])
+        self._assigned.update(partitions)
+        self.reached.update({p: at for p, at in starts.items() if at >= 0})
+        if self._paused:
+            self._consumer.pause([TopicPartition(self._topic, p) for p in partitions])
+
+    def _starts(self, partitions: Sequence[int]) -> dict[int, int]:
+        wanted = [TopicPartition(self._topic, p) for p in partitions]
+        commits = self._consumer.committed(wanted, timeout=REQUEST_TIMEOUT_SECS)
+        starts: dict[int, int] = {}
+        fresh = []
+        for tp in commits:
+            if tp.offset < 0:
+                fresh.append(tp.partition)
+                continue
+            commit = Commit.read(tp.offset, tp.metadata)
+            starts[tp.partition] = commit.offset
+            if commit.epoch != self._epoch and commit.low_ms is not None:
+                starts[tp.partition] = self._rewound(tp.partition, commit)
+        if fresh:
+            starts |= self._first_starts(fresh)
+        return starts
+
+    def _rewound(self, partition: int, commit: Commit) -> int:
+        asked = TopicPartition(self._topic, partition, commit.low_ms)
+        (found,) = self._consumer.offsets_for_times([asked], timeout=REQUEST_TIMEOUT_SECS)
+        start = min(found.offset, commit.offset) if found.offset >= 0 else commit.offset
+        if start < commit.offset:
+            log.warning(
+                "Redis began a new life: reading partition %d again from offset %d (committed: %d)",
+                partition,
+                start,
+                commit.offset,
+            )
+        return int(start)
+
+    def _first_starts(self, partitions: Sequence[int]) -> dict[int, int]:
+        starts = {}
+        for p in partitions:
+            low, high = self._consumer.get_watermark_offsets(
+                TopicPartition(self._topic, p), timeout=REQUEST_TIMEOUT_SECS
+            )
+            starts[p] = low if self._settings.auto_offset_reset == "earliest" else high
+        low_ms = 0 if self._settings.auto_offset_reset == "earliest" else int(time.time() * 1000)
+        if self._epoch is not None:
+            positions = [
+                TopicPartition(self._topic, p, at, metadata=Commit(at, self._epoch, low_ms).metadata)
+                for p, at in starts.items()
+            ]
+            self._consumer.commit(offsets=positions, asynchronous=False)
+        return starts
+
+    # --- rebalances ---
+
+    def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._assign([tp.partition for tp in partitions])
+        log.info("Partitions assigned", extra={"partitions": sorted(self._assigned)})
+
+    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._revoked({tp.partition for tp in partitions})
+        self._forget(partitions)
+
+    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        log.warning(
+            "Partitions lost: the group went on without this process; is kafka.session_timeout_ms too short?"
+        )
+        self._forget(partitions)
+
+    def _forget(self, partitions: Iterable[TopicPartition]) -> None:
+        self._consumer.incremental_unassign(list(partitions))
+        for tp in partitions:
+            self._assigned.discard(tp.partition)
+            self.reached.pop(tp.partition, None)
+
+    # --- reading ---
+
+    def poll(self, timeout_secs: float) -> list[Record]:
+        """A batch, in the order of each partition. Serves rebalances, so it must be called while paused too."""
+        records: list[Record] = []
+        size = 0
+        while len(records) < self._settings.batch_max_records and size < self._settings.batch_max_bytes:
+            wanted = min(FETCH_RECORDS, self._settings.batch_max_records - len(records))
+            messages = self._consumer.consume(wanted, 0 if records else timeout_secs)
+            for message in messages:
+                record = self._record(message)
+                if record is not None:
+                    records.append(record)
+                    size += len(record.value or b"")
+            if len(messages) < wanted:
+                break
+        return records
+
+    def _record(self, message: Message) -> Record | None:
+        partition, error = message.partition(), message.error()
+        if error is None:
+            kind, at_ms = message.timestamp()
+            offset = message.offset()
+            self.reached[partition] = offset + 1
+            return Record(partition, offset, at_ms if kind else 0, message.value())
+        if error.code() == KafkaError._PARTITION_EOF:
+            self.reached[partition] = max(self.reached.get(partition, 0), message.offset())
+        elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            log.error(
+                "Records are gone: the next offset of partition %s is no longer in the topic; going on at its oldest. "
+                "Raise the topic's retention above the longest stop of tss.",
+                partition,
+            )
+            self._consumer.seek(TopicPartition(self._topic, partition, OFFSET_BEGINNING))
+        elif error.code() in _FATAL_FOR_CONFIG:
+            raise ConfigError(f"{_FATAL_FOR_CONFIG[error.code()]}: {error.str()}")
+        elif error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+            self._note_fault(f"topic {self._topic} does not exist; create it or set kafka.input_topic")
+        else:
+            self._note_fault(error.str())
+        return None
+
+    def pause(self) -> None:
+        self._paused = True
+        self._consumer.pause([TopicPartition(self._topic, p) for p in self._assigned])
+
+    def resume(self) -> None:
+        self._paused = False
+        self._consumer.resume([TopicPartition(self._topic, p) for p in self._assigned])
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        return frozenset(self._assigned)
+
+    # --- the end of the log ---
+
+    def ask_ends(self, now_ms: int) -> None:
+        """Asks the brokers where the assigned partitions end; one question at a time, answered by `ends`."""
+        if self._ends_request is None and self._assigned:
+            latest = {TopicPartition(self._topic, p): OffsetSpec.latest() for p in self._assigned}
+            futures = self._admin.list_offsets(latest, request_timeout=REQUEST_TIMEOUT_SECS)
+            self._ends_request = (now_ms, futures)
+
+    def ends(self) -> Ends | None:
+        """The answer, once it is there. A partition that could not be asked is left out."""
+        if self._ends_request is None or not all(f.done() for f in self._ends_request[1].values()):
+            return None
+        asked_ms, futures = self._ends_request
+        self._ends_request = None
+        high: dict[int, int] = {}
+        for tp, future in futures.items():
+            try:
+                high[tp.partition] = future.result().offset
+            except KafkaException as fault:
+                self._note_fault(fault.args[0].str())
+        if high:
+            self.fault = None
+        return Ends(asked_ms, high)
+
+    def refresh_partition_count(self, now_secs: float) -> None:
+        """How many partitions the topic has; a claim needs to hear of each. `now_secs` is monotonic."""
+        wait = PARTITIONS_REFRESH_SECS if self.partition_count else 1.0
+        if now_secs - self._partitions_read_at < wait:
+            return
+        self._partitions_read_at = now_secs
+        try:
+            topic = self._admin.list_topics(self._topic, timeout=REQUEST_TIMEOUT_SECS).topics[self._topic]
+        except KafkaException as fault:
+            self._note_fault(fault.args[0].str())
+            return
+        if topic.error is not None:
+            self._note_fault(f"topic {self._topic}: {topic.error.str()}; create it or set kafka.input_topic")
+            return
+        self.partition_count = len(topic.partitions)
+        self.fault = None
+
+    # --- offsets and dead letters (step 4) ---
+
+    def commit(self, positions: Mapping[int, int], epoch: str, low_ms: int, *, wait: bool) -> None:
+        """Commits positions of partitions that are still assigned; outcomes are appended to `commits`."""
+        mine = {p: at for p, at in positions.items() if p in self._assigned}
+        if not mine:
+            return
+        offsets = [
+            TopicPartition(self._topic, p, at, metadata=Commit(at, epoch, low_ms).metadata)
+            for p, at in mine.items()
+        ]
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=not wait)
+        except KafkaException as fault:
+            self.commits.append(fault.args[0])
+
+    def lowest_commit(self) -> int | None:
+        """The oldest `low` over all partitions of the topic, for a restore; None when nothing was committed."""
+        count = self.partition_count
+        wanted = [TopicPartition(self._topic, p) for p in range(count)]
+        commits = self._consumer.committed(wanted, timeout=REQUEST_TIMEOUT_SECS) if wanted else []
+        lows = [Commit.read(tp.offset, tp.metadata).low_ms for tp in commits if tp.offset >= 0]
+        known = [low for low in lows if low is not None]
+        return min(known, default=None)
+
+    def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        """Returns once the brokers have acknowledged all; raises Unavailable when they did not in time.
+
+        A letter that the topic will not take for its size goes without its value: its origin still names the record.
+        """
+        failed = self._deliver([(letter, letter.value, False) for letter in letters])
+        too_large = [
+            (letter, b"", True) for letter, error in failed if error.code() == KafkaError.MSG_SIZE_TOO_LARGE
+        ]
+        others = [error for _, error in failed if error.code() != KafkaError.MSG_SIZE_TOO_LARGE]
+        others += [error for _, error in self._deliver(too_large)]
+        if others:
+            raise Unavailable("Kafka", "kafka.dead_letter_topic", f"{self._settings.dlq}: {others[0].str()}")
+
+    def _deliver(
+        self, letters: Sequence[tuple[DeadLetter, bytes, bool]]
+    ) -> list[tuple[DeadLetter, KafkaError]]:
+        if not letters:
+            return []
+        if self._producer is None:
+            self._producer = Producer(
+                client_settings(self._settings)
+                | {
+                    "acks": "all",
+                    "enable.idempotence": True,
+                    "message.max.bytes": 1_000_000_000,  # the broker decides what is too large
+                    "message.timeout.ms": int(DEAD_LETTER_TIMEOUT_SECS * 1000),
+                    "error_cb": self._on_error,
+                }
+            )
+        failed: list[tuple[DeadLetter, KafkaError]] = []
+        for letter, value, cut in letters:
+            record = letter.record
+            headers = [
+                ("tss.reason", letter.reason),
+                ("tss.detail", letter.detail[:DETAIL_CHARS_MAX]),
+                ("tss.topic", self._topic),
+                ("tss.partition", str(record.partition)),
+                ("tss.offset", str(record.offset)),
+                ("tss.value_omitted", str(cut).lower()),
+            ]
+
+            def reported(error: KafkaError | None, _: Message, letter: DeadLetter = letter) -> None:
+                if error is not None:
+                    failed.append((letter, error))
+
+            while True:
+                try:
+                    self._producer.produce(self._settings.dlq, value, headers=headers, on_delivery=reported)
+                    break
+                except BufferError:
+                    self._producer.poll(0.1)
+                except KafkaException as fault:
+                    failed.append((letter, fault.args[0]))
+                    break
+        self._producer.flush(DEAD_LETTER_TIMEOUT_SECS)
+        return failed
+
+    # --- what the client tells ---
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() in _FATAL_FOR_CONFIG:
+            log.error("Kafka refused us (%s): %s", _FATAL_FOR_CONFIG[error.code()], error.str())
+        self._note_fault(error.str())
+
+    def _note_fault(self, text: str) -> None:
+        if self.fault != text:
+            self.fault = text
+            log.warning("Kafka is not usable (kafka.brokers=%s): %s", self._settings.brokers, text)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        self.commits.append(error or next((tp.error for tp in partitions if tp.error), None))
+
+    def close(self) -> None:
+        """Leaves the group."""
+        self._consumer.close()
