@@ -1,48 +1,40 @@
-"""Settings: environment over an optional YAML file, all faults reported together.
-
-`TSS__SECTION__KEY` in the environment wins over `section: {key: …}` in the file that `TSS_CONFIG` names, which
-wins over the default here. Any secret can come from a file instead: `TSS__REDIS__PASSWORD_FILE=/run/secrets/x`.
-A key nobody knows is a fault, never ignored: a typo in a sampling rate must not become a default.
-"""
+"""The settings themselves: names, types, bounds, defaults; and how clients of Kafka and the catalog spell them."""
 
 from __future__ import annotations
 
-import difflib
-import os
 import socket
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
-
-from tss.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "TSS__"
-FILE_VARIABLE = "TSS_CONFIG"
 EMBEDDED = "embedded"
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Lowercase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _reveal(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
+
+
 class App(Section):
     """The two halves and their timers."""
 
     evaluation_workers: int = Field(4, ge=1, le=64, description="decide loops in this process")
-    evaluation_interval_secs: float = Field(1, gt=0, le=60, description="pause between two looks for due traces")
-    inactivity_timeout_secs: float = Field(60, gt=0, description="a trace is due when no span came for so long")
+    evaluation_interval_secs: float = Field(
+        1, gt=0, le=60, description="pause between two looks for due traces"
+    )
+    inactivity_timeout_secs: float = Field(
+        60, gt=0, description="a trace is due when no span came for so long"
+    )
     root_wait_secs: float | None = Field(
         None, gt=0, description="shorter wait once the root span is in; unset = no such timer"
     )
@@ -73,21 +65,29 @@ class Kafka(Section):
 
     brokers: str = Field("localhost:9092", min_length=1, description="host:port list, or `embedded`")
     input_topic: str = Field("otel-traces-raw", min_length=1, description="topic with OTLP records")
-    dead_letter_topic: str | None = Field(None, description="undecodable records go here; default: `<input_topic>.dlq`")
-    consumer_group: str = Field("tail-sampling-selector", min_length=1, description="shared by the whole fleet")
-    group_instance_id: str | None = Field(None, description="static membership: a restart keeps its partitions")
-    auto_offset_reset: Literal["latest", "earliest"] = Field(
+    dead_letter_topic: str | None = Field(
+        None, description="undecodable records go here; default: `<input_topic>.dlq`"
+    )
+    consumer_group: str = Field(
+        "tail-sampling-selector", min_length=1, description="shared by the whole fleet"
+    )
+    group_instance_id: str | None = Field(
+        None, description="static membership: a restart keeps its partitions"
+    )
+    auto_offset_reset: Annotated[Literal["latest", "earliest"], Lowercase] = Field(
         "latest", description="where a group without committed offsets starts"
     )
-    session_timeout_ms: int = Field(30_000, ge=1000, description="silence after which the broker gives up on us")
+    session_timeout_ms: int = Field(
+        30_000, ge=1000, description="silence after which the broker gives up on us"
+    )
     batch_max_records: int = Field(10_000, ge=1, le=100_000, description="records taken in one batch")
     batch_max_bytes: int = Field(16 << 20, ge=1 << 10, le=1 << 30, description="bytes taken in one batch")
     commit_interval_secs: float = Field(1, gt=0, le=60, description="how often offsets are committed")
     partition_stall_secs: float = Field(
         300, gt=0, description="a partition nobody reads for so long no longer holds the clock"
     )
-    security_protocol: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = Field(
-        "plaintext", description="how to talk to the brokers"
+    security_protocol: Annotated[Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"], Lowercase] = (
+        Field("plaintext", description="how to talk to the brokers")
     )
     sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, …")
     sasl_username: str | None = Field(None, description="SASL user")
@@ -101,6 +101,21 @@ class Kafka(Section):
     def dlq(self) -> str:
         return self.dead_letter_topic or f"{self.input_topic}.dlq"
 
+    def client_properties(self) -> dict[str, str]:
+        """What every librdkafka client needs to reach the brokers and to be let in."""
+        given = {
+            "bootstrap.servers": self.brokers,
+            "security.protocol": self.security_protocol,
+            "sasl.mechanism": self.sasl_mechanism,
+            "sasl.username": self.sasl_username,
+            "sasl.password": _reveal(self.sasl_password),
+            "ssl.ca.location": self.ssl_ca_location,
+            "ssl.certificate.location": self.ssl_certificate_location,
+            "ssl.key.location": self.ssl_key_location,
+            "ssl.key.password": _reveal(self.ssl_key_password),
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
 
 class Redis(Section):
     """Where traces wait."""
@@ -113,7 +128,9 @@ class Redis(Section):
         3600, ge=60, description="how long a verdict is remembered after it landed, for late spans"
     )
     cluster_enabled: bool = Field(False, description="the URL names a node of a Redis Cluster")
-    shards: int = Field(8, ge=1, le=1024, description="parts the keys are cut into; the same on the whole fleet")
+    shards: int = Field(
+        8, ge=1, le=1024, description="parts the keys are cut into; the same on the whole fleet"
+    )
     max_memory_bytes: int = Field(
         0, ge=0, description="Redis memory above which consumers pause; 0 = 80 % of the server's own limit"
     )
@@ -142,7 +159,9 @@ class ForceSampling(Section):
 class Iceberg(Section):
     """The production catalog and object store (`storage_type=iceberg`)."""
 
-    catalog_uri: str = Field("http://lakekeeper:8181/catalog", description="Iceberg REST catalog, without /v1")
+    catalog_uri: str = Field(
+        "http://lakekeeper:8181/catalog", description="Iceberg REST catalog, without /v1"
+    )
     catalog_token: SecretStr | None = Field(None, description="bearer token for the catalog")
     warehouse: str = Field("traces", description="warehouse name in the catalog")
     namespace: str = Field("default", min_length=1, description="namespace of both tables")
@@ -156,6 +175,29 @@ class Iceberg(Section):
     s3_region: str = Field("us-east-1", min_length=1, description="S3 region")
     s3_path_style: bool = Field(True, description="bucket in the path instead of the host name")
 
+    def catalog_properties(self) -> dict[str, str]:
+        """What pyiceberg's REST catalog and its file access need.
+
+        With our own keys the catalog is asked to hand out none: Lakekeeper would otherwise answer with remote
+        signing, which forces another file layer and cannot delete. Without keys its credentials are welcome.
+        """
+        given = {
+            "type": "rest",
+            "uri": self.catalog_uri,
+            "warehouse": self.warehouse,
+            "token": _reveal(self.catalog_token),
+            "header.x-project-id": self.project_id,
+            "header.X-Iceberg-Access-Delegation": "client-managed" if self.s3_access_key_id else None,
+            "py-io-impl": "pyiceberg.io.pyarrow.PyArrowFileIO",
+            "s3.endpoint": self.s3_endpoint,
+            "s3.access-key-id": self.s3_access_key_id,
+            "s3.secret-access-key": _reveal(self.s3_secret_access_key),
+            "s3.session-token": _reveal(self.s3_session_token),
+            "s3.region": self.s3_region,
+            "s3.force-virtual-addressing": None if self.s3_path_style else "true",
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
 
 class Local(Section):
     """The embedded catalog (`storage_type=local`)."""
@@ -166,12 +208,20 @@ class Local(Section):
 class Storage(Section):
     """Where kept spans and decisions go."""
 
-    storage_type: Literal["iceberg", "local"] = Field("local", description="REST catalog + S3, or SQLite + files")
+    storage_type: Annotated[Literal["iceberg", "local"], Lowercase] = Field(
+        "local", description="REST catalog + S3, or SQLite + files"
+    )
     iceberg: Iceberg = Field(default_factory=Iceberg)
     local: Local = Field(default_factory=Local)
-    flush_interval_secs: float = Field(5, gt=0, le=300, description="longest wait of a decision for its commit")
-    flush_max_spans: int = Field(50_000, ge=1, le=5_000_000, description="kept spans after which a worker commits")
-    keep_snapshots: int = Field(20, ge=2, le=1000, description="snapshots kept; each makes every append slower")
+    flush_interval_secs: float = Field(
+        5, gt=0, le=300, description="longest wait of a decision for its commit"
+    )
+    flush_max_spans: int = Field(
+        50_000, ge=1, le=5_000_000, description="kept spans after which a worker commits"
+    )
+    keep_snapshots: int = Field(
+        20, ge=2, le=1000, description="snapshots kept; each makes every append slower"
+    )
     request_timeout_secs: float = Field(30, gt=0, le=600, description="for one request to the catalog")
 
 
@@ -192,7 +242,9 @@ class Api(Section):
 class Observability(Section):
     """Logs, metrics, health."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line shown")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Lowercase] = Field(
+        "info", description="least severe line shown"
+    )
     json_logging: bool = Field(False, description="one JSON object a line")
     metrics_addr: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104
     metrics_port: Port = Field(9090, description="port of /metrics; 0 = any free one")
@@ -219,3 +271,15 @@ class Config(BaseSettings):
     storage: Storage = Field(default_factory=Storage)
     api: Api = Field(default_factory=Api)
     observability: Observability = Field(default_factory=Observability)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """A Config made by hand reads its arguments only; the process environment comes in through `load`."""
+        return (init_settings,)
