@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
@@ -92,8 +93,9 @@ def test_traces_have_variety() -> None:
 
 def test_records_hold_every_span_once_and_mix_them() -> None:
     """Records carry exactly the spans given, each with its service, and spread a trace over partitions."""
-    made = [s for seed in range(20) for s in trace(seed)]
-    packed = shop.records(random.Random(1), made, partitions=PARTITIONS)
+    traces = [trace(seed) for seed in range(20)]
+    made = [s for spans in traces for s in spans]
+    packed = list(shop.records(random.Random(1), traces, partitions=PARTITIONS))
     seen = [
         (service, span.SerializeToString()) for record in packed for service, span in spans_of(record.value)
     ]
@@ -120,27 +122,34 @@ def test_no_span_leaves_before_it_ended() -> None:
         assert 0 <= s.emit_at_ns - s.span.end_time_unix_nano <= shop.SPREAD_SECS * 1e9
 
 
-def test_the_stream_ends_with_its_traces() -> None:
-    """A bounded stream has exactly its traces, whole, in sending order; an endless one begins with the same ones."""
+def test_endless_visits_become_records_as_they_are_asked_for() -> None:
+    """Records of an endless shop can be taken one by one, in sending order, and hold whole traces in the end."""
 
-    def start(traces: int | None) -> list[shop.TimedRecord]:
-        records = shop.stream(
-            random.Random(5),
-            START_NS,
-            traces=traces,
-            traces_per_sec=50,
-            partitions=PARTITIONS,
-            error_share=0.2,
+    def start(traces: int | None) -> Iterator[shop.TimedRecord]:
+        visits = shop.visits(random.Random(5), START_NS, traces_per_sec=50)
+        return shop.records(
+            random.Random(6), (v.spans for v in islice(visits, traces)), partitions=PARTITIONS
         )
-        return list(islice(records, 10_000 if traces else 10))
 
-    bounded = start(40)
-    spans = [span for record in bounded for _, span in spans_of(record.value)]
-    assert len({s.trace_id for s in spans}) == 40
+    some = list(start(40))
+    assert [r.value for r in islice(start(None), 5)] == [r.value for r in some[:5]]
+    assert [r.emit_at_ns for r in some] == sorted(r.emit_at_ns for r in some)
+    spans = [span for record in some for _, span in spans_of(record.value)]
     assert len({s.trace_id for s in spans if not s.parent_span_id}) == 40
     assert {s.parent_span_id for s in spans if s.parent_span_id} <= {s.span_id for s in spans}
-    assert [r.emit_at_ns for r in bounded] == sorted(r.emit_at_ns for r in bounded)
-    assert start(None)[:5] == bounded[:5]
+
+
+def test_visits_tell_the_truth_about_their_traces() -> None:
+    """The shares of errors and slow traces are about those asked for, and each visit says what its trace is."""
+    visits = list(islice(shop.visits(random.Random(2), START_NS, traces_per_sec=100, error_share=0.2), 500))
+    for visit in visits:
+        assert visit.error == any(s.span.status.code == Status.STATUS_CODE_ERROR for s in visit.spans)
+        assert visit.slow == (duration_secs(visit.spans) > shop.SLOW_SECS)
+    assert 60 < sum(v.error for v in visits) < 140
+    assert 1 <= sum(v.slow for v in visits) < 30
+    starts = [min(s.span.start_time_unix_nano for s in v.spans) for v in visits]
+    assert starts == sorted(starts)
+    assert 3 < (starts[-1] - START_NS) / 1e9 < 7
 
 
 def test_a_seed_gives_the_same_bytes() -> None:
@@ -148,7 +157,7 @@ def test_a_seed_gives_the_same_bytes() -> None:
 
     def values(seed: int) -> list[bytes]:
         rng = random.Random(seed)
-        return [r.value for r in shop.records(rng, shop.make_trace(rng, START_NS), partitions=PARTITIONS)]
+        return [r.value for r in shop.records(rng, [shop.make_trace(rng, START_NS)], partitions=PARTITIONS)]
 
     assert values(7) == values(7)
     assert values(7) != values(8)

@@ -51,6 +51,15 @@ class TimedSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """A trace and the truth about it."""
+
+    error: bool
+    slow: bool
+    spans: list[TimedSpan]
+
+
+@dataclass(frozen=True, slots=True)
 class TimedRecord:
     """A Kafka record value (OTLP `TracesData`), and when to send it where."""
 
@@ -74,8 +83,8 @@ def make_trace(
     `error`: at least one span has status ERROR, otherwise none has. `slow`: it lasts longer than `slow_secs`,
     otherwise less than `FAST_SECS_MAX`.
     """
-    visit = rng.choices(_VISITS, [v.weight for v in _VISITS])[0]
-    trouble = rng.choice(visit.hazards)
+    kind = rng.choices(_KINDS, [k.weight for k in _KINDS])[0]
+    trouble = rng.choice(kind.hazards)
     trace = _Trace(
         rng,
         trace_id=rng.randbytes(16),
@@ -85,7 +94,7 @@ def make_trace(
         hang_ms=slow_secs * 1000 * rng.uniform(1.02, 1.5),
     )
     with suppress(_Fault):
-        visit.play(trace)
+        kind.play(trace)
     leaving = [
         TimedSpan(service, span, span.end_time_unix_nano + round(rng.uniform(0, spread_secs) * 1e9))
         for service, span in trace.spans
@@ -93,72 +102,71 @@ def make_trace(
     return sorted(leaving, key=lambda s: s.emit_at_ns)
 
 
-def records(rng: random.Random, spans: Iterable[TimedSpan], *, partitions: int) -> list[TimedRecord]:
-    """The spans of any number of traces as records, in sending order.
-
-    Spans that leave in the same moment are shuffled over a few records on random partitions, so that a record
-    holds several services and traces, and a trace is spread over partitions and out of order.
-    """
-    out: list[TimedRecord] = []
-    window: list[TimedSpan] = []
-    for span in sorted(spans, key=lambda s: s.emit_at_ns):
-        if window and span.emit_at_ns - window[0].emit_at_ns > RECORD_WINDOW_SECS * 1e9:
-            out += _pack(rng, window, partitions)
-            window = []
-        window.append(span)
-    return out + _pack(rng, window, partitions)
-
-
-def stream(
+def visits(
     rng: random.Random,
     start_ns: int,
     *,
-    traces: int | None,
     traces_per_sec: float,
-    partitions: int,
     error_share: float = 0.03,
     slow_share: float = 0.02,
     slow_secs: float = SLOW_SECS,
     spread_secs: float = SPREAD_SECS,
+) -> Iterator[Visit]:
+    """Visits that begin at random times from `start_ns` on, one after the other, without end."""
+    begin_ns = float(start_ns)
+    while True:
+        error, slow = rng.random() < error_share, rng.random() < slow_share
+        spans = make_trace(
+            rng, round(begin_ns), error=error, slow=slow, slow_secs=slow_secs, spread_secs=spread_secs
+        )
+        yield Visit(error, slow, spans)
+        begin_ns += rng.expovariate(traces_per_sec) * 1e9
+
+
+def records(
+    rng: random.Random, traces: Iterable[Sequence[TimedSpan]], *, partitions: int
 ) -> Iterator[TimedRecord]:
-    """Records of visits that begin at random times from `start_ns` on, in sending order; endless without `traces`."""
+    """All spans of these traces as records, in sending order, made as they are asked for.
+
+    Spans that leave in the same moment are shuffled over a few records on random partitions, so that a record
+    holds several services and traces, and a trace is spread over partitions and out of order. `traces` come in
+    the order of their start.
+    """
+    window: list[TimedSpan] = []
+    for span in _in_order(traces):
+        if window and span.emit_at_ns - window[0].emit_at_ns > RECORD_WINDOW_SECS * 1e9:
+            yield from _pack(rng, window, partitions)
+            window = []
+        window.append(span)
+    yield from _pack(rng, window, partitions)
+
+
+def _in_order(traces: Iterable[Sequence[TimedSpan]]) -> Iterator[TimedSpan]:
+    """Their spans by the time they leave; no trace is asked for before all that left earlier is handed out."""
     waiting: list[tuple[int, int, TimedSpan]] = []
     tie = count()
-    begin_ns = float(start_ns)
-    window_ends_ns = start_ns
-    made = 0
-    while waiting or made != traces:
-        window_ends_ns += round(RECORD_WINDOW_SECS * 1e9)
-        while made != traces and begin_ns < window_ends_ns:
-            visit = make_trace(
-                rng,
-                round(begin_ns),
-                error=rng.random() < error_share,
-                slow=rng.random() < slow_share,
-                slow_secs=slow_secs,
-                spread_secs=spread_secs,
-            )
-            for span in visit:
-                heapq.heappush(waiting, (span.emit_at_ns, next(tie), span))
-            begin_ns += rng.expovariate(traces_per_sec) * 1e9
-            made += 1
-        leaving: list[TimedSpan] = []
-        while waiting and waiting[0][0] < window_ends_ns:
-            leaving.append(heapq.heappop(waiting)[2])
-        yield from _pack(rng, leaving, partitions)
+    for trace in traces:
+        begins_ns = min(s.span.start_time_unix_nano for s in trace)
+        while waiting and waiting[0][0] < begins_ns:
+            yield heapq.heappop(waiting)[2]
+        for span in trace:
+            heapq.heappush(waiting, (span.emit_at_ns, next(tie), span))
+    while waiting:
+        yield heapq.heappop(waiting)[2]
 
 
-def _pack(rng: random.Random, spans: list[TimedSpan], partitions: int) -> list[TimedRecord]:
-    if not spans:
-        return []
-    emit_at_ns = max(s.emit_at_ns for s in spans)
+def _pack(rng: random.Random, spans: list[TimedSpan], partitions: int) -> Iterator[TimedRecord]:
+    """One window's spans as records that are all sent at its end."""
     shuffled = rng.sample(spans, len(spans))
-    packed = []
     while shuffled:
         size = rng.randint(1, RECORD_SPANS_MAX)
         batch, shuffled = shuffled[:size], shuffled[size:]
-        packed.append(TimedRecord(emit_at_ns, rng.randrange(partitions), traces_data(batch), len(batch)))
-    return packed
+        yield TimedRecord(
+            emit_at_ns=spans[-1].emit_at_ns,
+            partition=rng.randrange(partitions),
+            value=traces_data(batch),
+            spans=len(batch),
+        )
 
 
 def traces_data(spans: Iterable[TimedSpan]) -> bytes:
@@ -507,15 +515,15 @@ def _publish_order(t: _Trace) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Visit:
+class _Kind:
     weight: int
     play: Callable[[_Trace], None]
     hazards: tuple[str, ...]
 
 
-_VISITS = (
-    _Visit(45, _browse, ("catalog query", "cart store")),
-    _Visit(30, _look_at_product, ("catalog query", "recommendation model")),
-    _Visit(15, _fill_cart, ("catalog query", "cart store")),
-    _Visit(10, _buy, ("cart store", "catalog query", "shipping quote", "card charge", "order mail")),
+_KINDS = (
+    _Kind(45, _browse, ("catalog query", "cart store")),
+    _Kind(30, _look_at_product, ("catalog query", "recommendation model")),
+    _Kind(15, _fill_cart, ("catalog query", "cart store")),
+    _Kind(10, _buy, ("cart store", "catalog query", "shipping quote", "card charge", "order mail")),
 )
