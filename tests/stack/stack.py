@@ -29,7 +29,7 @@ from confluent_kafka.admin import AdminClient
 from pyarrow.fs import S3FileSystem
 
 from tests.ports import LOOPBACK, free_port
-from tests.stack.install import HERE, Installed, cache_dir, say
+from tests.stack.install import HERE, Installed, cache_dir, locate, say
 
 READY_SECS = 60  # Kafka takes 4 s on an idle machine with two cores
 STOP_SECS = 20  # Kafka flushes its log; all others are gone in a second
@@ -182,8 +182,9 @@ class Part:
 class Stack:
     """One of each part. `Stack.new()` and then `up()`; from another process `Stack.known()`."""
 
-    def __init__(self, folder: Path, installed: Installed) -> None:
+    def __init__(self, folder: Path) -> None:
         """The stack whose state is in `folder`."""
+        installed = locate()
         state = json.loads((folder / "state.json").read_text())
         ports: dict[str, int] = state["ports"]
         self.folder = folder
@@ -191,16 +192,16 @@ class Stack:
         self.owner: int | None = state["owner"]
         self.telemetrygen = installed.telemetrygen
         self._scrape_file = folder / "prometheus" / "targets.json"
-        self.redis = redis_part(folder / "redis", ports["redis"], installed.redis)
+        self.redis = redis_part(folder / "redis", ports["redis"])
         self.minio = _minio_part(folder / "minio", ports["minio"], installed.minio)
         self.catalog = _catalog_part(folder / "catalog", ports["catalog"], installed, self.minio.url)
-        self.prometheus = _prometheus_part(folder / "prometheus", ports["prometheus"], installed.prometheus)
+        self.prometheus = _prometheus_part(folder / "prometheus", ports["prometheus"])
         self.kafka = _kafka_part(folder / "kafka", ports["kafka"], ports["kafka_controller"], installed)
         # Kafka last: it is the only one whose preparation takes time, and the others start meanwhile.
         self.parts = (self.redis, self.minio, self.catalog, self.prometheus, self.kafka)
 
     @classmethod
-    def new(cls, installed: Installed, *, owner: int | None = None) -> Stack:
+    def new(cls, *, owner: int | None = None) -> Stack:
         """A stack on free ports in a fresh folder. One with an `owner` is abandoned when that process is gone."""
         runs = cache_dir() / "stack" / "runs"
         runs.mkdir(parents=True, exist_ok=True)
@@ -208,13 +209,13 @@ class Stack:
         names = ("redis", "minio", "catalog", "prometheus", "kafka", "kafka_controller")
         state = {"checkout": _checkout(), "owner": owner, "ports": {name: free_port() for name in names}}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
-        return cls(folder, installed)
+        return cls(folder)
 
     @classmethod
-    def known(cls, installed: Installed) -> list[Stack]:
+    def known(cls) -> list[Stack]:
         """The stacks of this checkout, oldest first, but for those of test runs that still go on."""
         states = sorted((cache_dir() / "stack" / "runs").glob("*/state.json"))
-        stacks = [cls(state.parent, installed) for state in states]
+        stacks = [cls(state.parent) for state in states]
         return [s for s in stacks if s.checkout == _checkout() and not (s.owner and _exists(s.owner))]
 
     def up(self) -> None:
@@ -263,7 +264,7 @@ class Stack:
         }
 
 
-def redis_part(folder: Path, port: int, binary: Path) -> Part:
+def redis_part(folder: Path, port: int, binary: str | Path = "redis-server") -> Part:
     """A Redis or Valkey server that keeps its data as production should: append-only file, synced every second."""
     url = f"redis://{LOOPBACK}:{port}/0"
 
@@ -330,9 +331,9 @@ def _catalog_part(folder: Path, port: int, installed: Installed, s3_endpoint: st
         url,
         folder,
         [
-            installed.java, "-Xms32m", "-Xmx192m", *SMALL_JAVA, "-XX:TieredStopAtLevel=1",
+            "java", "-Xms32m", "-Xmx192m", *SMALL_JAVA, "-XX:TieredStopAtLevel=1",
             "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
-            "-cp", f"{installed.catalog_classes}:{installed.catalog_jars}/*",
+            "-cp", f"{installed.catalog}/classes:{installed.catalog}/libs/*",
             "CatalogServer", str(port), *(f"{key}={value}" for key, value in properties.items()),
         ],
         ready=lambda: _answers(f"{url}/v1/config"),
@@ -341,7 +342,7 @@ def _catalog_part(folder: Path, port: int, installed: Installed, s3_endpoint: st
     )  # fmt: skip
 
 
-def _prometheus_part(folder: Path, port: int, binary: Path) -> Part:
+def _prometheus_part(folder: Path, port: int) -> Part:
     url = f"http://{LOOPBACK}:{port}"
 
     def prepare() -> None:
@@ -361,7 +362,7 @@ def _prometheus_part(folder: Path, port: int, binary: Path) -> Part:
         url,
         folder,
         [
-            binary, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
+            "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address={LOOPBACK}:{port}", "--log.level=warn",
         ],
         ready=lambda: _answers(f"{url}/-/ready"),
@@ -374,14 +375,14 @@ def _kafka_part(folder: Path, port: int, controller_port: int, installed: Instal
     address = f"{LOOPBACK}:{port}"
     properties, data = folder / "server.properties", folder / "data"
     java: list[str | Path] = [
-        installed.java,
+        "java",
         f"-Dkafka.logs.dir={folder}",
         f"-Dlog4j2.configurationFile=file:{HERE / 'kafka' / 'log4j2.properties'}",
         *SMALL_JAVA,
         "-XX:MaxDirectMemorySize=96m",
         "-Xss512k",
         "-cp",
-        f"{installed.kafka_jars}/*",
+        f"{installed.kafka}/libs/*",
     ]
 
     def prepare() -> None:

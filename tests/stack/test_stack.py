@@ -19,7 +19,7 @@ from pyiceberg.exceptions import NoSuchNamespaceError
 from pyiceberg.schema import Schema
 
 from tests.ports import LOOPBACK, free_port
-from tests.stack import Stack, install, s3_filesystem
+from tests.stack import Stack, s3_filesystem
 from tests.stack.stack import BUCKET, prometheus_value
 
 pytestmark = pytest.mark.stack
@@ -134,33 +134,33 @@ def test_an_abandoned_stack_is_found_and_ended() -> None:
     """A stack whose test run was killed is known to bin/stack; `down` leaves no process, port or file of it."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    made = Stack.new(install(), owner=gone.pid)
+    made = Stack.new(owner=gone.pid)
     for part in (made.redis, made.minio, made.prometheus):
         part.start()
     pids = [part.pid for part in made.parts if part.pid is not None]
 
     # As another process sees it: through its folder alone.
-    [found] = [stack for stack in Stack.known(install()) if stack.folder == made.folder]
+    [found] = [stack for stack in Stack.known() if stack.folder == made.folder]
     assert [part.pid for part in found.parts if part.pid is not None] == pids
     found.down()
 
     assert [part.pid for part in made.parts] == [None] * len(made.parts)
     for part in made.parts:
-        with socket.socket() as probe:
-            probe.bind((LOOPBACK, part.port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((LOOPBACK, part.port))
     assert not made.folder.exists()
 
 
 def test_a_running_test_is_not_disturbed(stack: Stack) -> None:
     """The stack of a test run that goes on is not among those that `bin/stack down` would end."""
     assert stack.owner == os.getpid()
-    assert stack.folder not in [known.folder for known in Stack.known(install())]
+    assert stack.folder not in [known.folder for known in Stack.known()]
 
 
 def test_stranger_with_the_same_pid_is_left_alone(stack: Stack, tmp_path: Path) -> None:
     """A pid file left over from a crash never leads to a signal for whoever has that pid now."""
     stranger = subprocess.Popen(["sleep", "60"])
-    abandoned = Stack.new(install())
+    abandoned = Stack.new()
     try:
         abandoned.redis.folder.mkdir()
         (abandoned.redis.folder / "pid").write_text(str(stranger.pid))
