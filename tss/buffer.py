@@ -724,21 +724,26 @@ class Buffer:
         agreed: bytes = self._links[self._home[0]].call("GET", key)
         return agreed.decode()
 
-    def forget_epoch(self) -> None:
-        """Nobody may write and no clock counts until the new epoch is set."""
+    def forget_epoch(self, proposed: str) -> None:
+        """Nobody may write and no clock counts until the new epoch is set. Raises LinkLost without the proposal."""
+        if self._links[self._home[0]].call("GET", _tag(0) + b"next-epoch") != proposed.encode():
+            raise LinkLost("another worker finished a restore meanwhile")
         names = (b"epoch", b"live", b"clock")
         self._all({s: [("DEL", *(_tag(s) + name for name in names))] for s in range(self._shards)})
 
-    def remember(self, verdicts: Iterable[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
-        """Verdicts read back from the tables: (trace, verdict, coded records that landed or None)."""
-        for trace_id, verdict, origins in verdicts:
-            (shard,) = self._shards_of([trace_id])
+    def remember(self, verdicts: Sequence[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
+        """Verdicts read back from the tables: (trace, verdict, coded records that landed or None). Kept wins."""
+        commands: dict[int, list[Command]] = {}
+        shards = self._shards_of([trace_id for trace_id, _, _ in verdicts])
+        for shard, (trace_id, verdict, origins) in zip(shards, verdicts, strict=True):
             key = _tag(shard) + b"d:" + trace_id
-            commands: list[Command] = [("HSETNX", key, "v", verdict.encode())]
+            mine = commands.setdefault(shard, [])
+            mine.append(("HSET" if verdict.kept else "HSETNX", key, "v", verdict.encode()))
             if origins is not None:
-                commands.append(("HSET", key, b"r" + origins, ""))
-            commands.append(("PEXPIRE", key, int(ttl_secs * 1000)))
-            _raise_first(self._all({shard: commands})[shard])
+                mine.append(("HSET", key, b"r" + origins, ""))
+            mine.append(("PEXPIRE", key, int(ttl_secs * 1000)))
+        for replies in self._all(commands).values():
+            _raise_first(replies)
 
     def set_epoch(self, epoch: str) -> bool:
         """Sets it on every shard, if the proposal still stands."""

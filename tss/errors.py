@@ -5,7 +5,6 @@
     ├── Unavailable        an outside part does not answer: wait, then try again
     │   └── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
     ├── Fenced             another process owns what we held: drop it, be born again under a new id
-    ├── OutcomeUnknown     a commit was sent and its answer lost: look whether it landed before trying again
     └── BadRequest         the caller of the API sent something wrong: a 4xx that says what
 """
 
@@ -41,10 +40,6 @@ class LinkLost(Unavailable):
 
 class Fenced(TssError):
     """This writer is no longer allowed to write: its lease was taken over or the epoch changed."""
-
-
-class OutcomeUnknown(TssError):
-    """A table commit may or may not have landed."""
 
 
 class BadRequest(TssError):

@@ -149,7 +149,7 @@ def judge(
     for row, trace in enumerate(traces):
         if mask := int(forced[row]):
             rule = rules.rules[(mask & -mask).bit_length() - 1]
-            kept = rule.keeps
+            kept = rule.action == "force_keep"
             reason = FORCE if kept else FORCE_DROP
             verdicts.append(Verdict(kept, reason, rule.id, float(kept), trace.trigger, rules.version))
             continue

@@ -11,6 +11,7 @@ field names tells all that a decision needs without moving a payload.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,18 @@ FACTS = np.dtype(
 ERROR = 1
 ROOT = 2
 NO_START = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """One moment on both clocks: `wall_ms` for stamps, `mono_secs` for durations."""
+
+    wall_ms: int
+    mono_secs: float
+
+    @classmethod
+    def read(cls) -> Now:
+        return cls(time.time_ns() // 1_000_000, time.monotonic())
 
 
 class Trigger(enum.IntEnum):

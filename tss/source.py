@@ -20,6 +20,7 @@ from typing import Any
 
 from confluent_kafka import (
     OFFSET_BEGINNING,
+    OFFSET_STORED,
     Consumer,
     KafkaError,
     KafkaException,
@@ -140,27 +141,42 @@ class Source:
             self._admin = AdminClient(common | {"error_cb": self._on_error})
         except KafkaException as fault:
             raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
-        self._consumer.subscribe(
-            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
+        self._subscribed = False
+        self._unplaced: str | None = None
 
     # --- where partitions begin (step 2) ---
 
     def begin(self, epoch: str) -> None:
-        """All partitions start again by the one rule, in this epoch; what was polled before must be forgotten."""
-        self._epoch = epoch
-        held = sorted(self._assigned)
-        if held:
-            self._consumer.incremental_unassign([TopicPartition(self._topic, p) for p in held])
-            self._assign(held)
+        """All partitions start (again) by the one rule, in this epoch; what was polled before must be forgotten.
 
-    def _assign(self, partitions: Sequence[int]) -> None:
-        starts = self._starts(partitions)
+        The group is joined here, not before: a position cannot be chosen without an epoch.
+        """
+        self._epoch = epoch
+        self._unplaced = None
+        if not self._subscribed:
+            self._subscribed = True
+            self._consumer.subscribe(
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+        held = sorted(self._assigned)
+        try:
+            if held:
+                starts = self._starts(held)
+                self._consumer.incremental_unassign([TopicPartition(self._topic, p) for p in held])
+                self._place(starts)
+        except KafkaException as fault:
+            raise self._unavailable(fault) from fault
+
+    def _unavailable(self, fault: KafkaException) -> Unavailable:
+        self._note_fault(fault.args[0].str())
+        return Unavailable("Kafka", "kafka.brokers", fault.args[0].str())
+
+    def _place(self, starts: Mapping[int, int]) -> None:
         self._consumer.incremental_assign([TopicPartition(self._topic, p, at) for p, at in starts.items()])
-        self._assigned.update(partitions)
-        self.reached.update({p: at for p, at in starts.items() if at >= 0})
+        self._assigned.update(starts)
+        self.reached.update(starts)
         if self._paused:
-            self._consumer.pause([TopicPartition(self._topic, p) for p in partitions])
+            self._consumer.pause([TopicPartition(self._topic, p) for p in starts])
 
     def _starts(self, partitions: Sequence[int]) -> dict[int, int]:
         wanted = [TopicPartition(self._topic, p) for p in partitions]
@@ -211,7 +227,15 @@ class Source:
     # --- rebalances ---
 
     def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        self._assign([tp.partition for tp in partitions])
+        try:
+            self._place(self._starts([tp.partition for tp in partitions]))
+        except KafkaException as fault:
+            # Without an answer the client would choose positions of its own; hold them until `begin` has chosen.
+            self._unplaced = fault.args[0].str()
+            held = [TopicPartition(self._topic, tp.partition, OFFSET_STORED) for tp in partitions]
+            self._consumer.incremental_assign(held)
+            self._consumer.pause(held)
+            self._assigned.update(tp.partition for tp in partitions)
         log.info("Partitions assigned", extra={"partitions": sorted(self._assigned)})
 
     def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
@@ -233,7 +257,19 @@ class Source:
     # --- reading ---
 
     def poll(self, timeout_secs: float) -> list[Record]:
-        """A batch, in the order of each partition. Serves rebalances, so it must be called while paused too."""
+        """A batch, in the order of each partition. Serves rebalances, so it must be called while paused too.
+
+        Raises Unavailable when the brokers do not say where a partition begins; then call `begin`.
+        """
+        try:
+            records = self._batch(timeout_secs)
+        except KafkaException as fault:
+            raise self._unavailable(fault) from fault
+        if self._unplaced is not None:
+            raise Unavailable("Kafka", "kafka.brokers", f"no start position: {self._unplaced}")
+        return records
+
+    def _batch(self, timeout_secs: float) -> list[Record]:
         records: list[Record] = []
         size = 0
         while len(records) < self._settings.batch_max_records and size < self._settings.batch_max_bytes:
@@ -346,15 +382,6 @@ class Source:
         except KafkaException as fault:
             self.commits.append(fault.args[0])
 
-    def lowest_commit(self) -> int | None:
-        """The oldest `low` over all partitions of the topic, for a restore; None when nothing was committed."""
-        count = self.partition_count
-        wanted = [TopicPartition(self._topic, p) for p in range(count)]
-        commits = self._consumer.committed(wanted, timeout=REQUEST_TIMEOUT_SECS) if wanted else []
-        lows = [Commit.read(tp.offset, tp.metadata).low_ms for tp in commits if tp.offset >= 0]
-        known = [low for low in lows if low is not None]
-        return min(known, default=None)
-
     def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
         """Returns once the brokers have acknowledged all; raises Unavailable when they did not in time.
 
@@ -410,7 +437,7 @@ class Source:
                 except KafkaException as fault:
                     failed.append((letter, fault.args[0]))
                     break
-        self._producer.flush(DEAD_LETTER_TIMEOUT_SECS)
+        self._producer.flush(DEAD_LETTER_TIMEOUT_SECS + REQUEST_TIMEOUT_SECS)
         return failed
 
     # --- what the client tells ---
@@ -431,3 +458,19 @@ class Source:
     def close(self) -> None:
         """Leaves the group."""
         self._consumer.close()
+
+
+def lowest_commit(settings: config.Kafka) -> int | None:
+    """The oldest `low` committed for any partition of the input topic; None when nothing was. For a restore."""
+    try:
+        consumer = Consumer(client_settings(settings) | {"group.id": settings.consumer_group})
+        try:
+            topic = consumer.list_topics(settings.input_topic, timeout=REQUEST_TIMEOUT_SECS)
+            partitions = [TopicPartition(settings.input_topic, p) for p in topic.topics[settings.input_topic].partitions]
+            commits = consumer.committed(partitions, timeout=REQUEST_TIMEOUT_SECS) if partitions else []
+        finally:
+            consumer.close()
+    except KafkaException as fault:
+        raise Unavailable("Kafka", "kafka.brokers", fault.args[0].str()) from fault
+    lows = [Commit.read(tp.offset, tp.metadata).low_ms for tp in commits if tp.offset >= 0]
+    return min((low for low in lows if low is not None), default=None)

@@ -100,7 +100,7 @@ def _optional(number: int, value: bytes) -> bytes:
     return _delimited(number, value) if value else b""
 
 
-def _resource_frames(value: bytes) -> Iterator[bytes]:
+def _split(value: bytes) -> Iterator[bytes]:
     envelope = Envelope.FromString(value)
     if envelope.scope_spans:
         yield value
@@ -162,7 +162,7 @@ class _Batch:
         json_text = record.value.lstrip(b" \t\r\n").startswith(b"{")
         try:
             value = otlp_json.to_protobuf(record.value) if json_text else record.value
-            frames = [_read_resource_frame(frame) for frame in _resource_frames(value)]
+            frames = [_read_frame(frame) for frame in _split(value)]
         except (DecodeError, ValueError) as fault:
             reason = "invalid_json" if json_text else "undecodable"
             self.dead.append(DeadLetter(record, reason, str(fault)[:500], record.value, 0))
@@ -177,12 +177,12 @@ class _Batch:
             left = record.value if json_text else b"".join(part.payload)
             self.dead.append(DeadLetter(record, part.reason, part.detail, left, part.spans))
 
-    def _add_frame(self, record: Record, frame: _Frame, refused: dict[str, _Refused]) -> None:
+    def _add_frame(self, record: Record, frame: Frame, refused: dict[str, _Refused]) -> None:
         fault = _resource_fault(frame)
         attributes: Attributes = {}
         if self._rules.rules and not fault:
             attributes = _attributes(Resource.FromString(frame.resource).attributes)
-        taken: dict[bytes, list[_Scope]] = {}
+        taken: dict[bytes, list[Scope]] = {}
         for scope in frame.scopes:
             mine: dict[bytes, list[bytes]] = {}
             for raw in scope.spans:
@@ -261,7 +261,7 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scope:
+class Scope:
     """One `ScopeSpans`, its parts as bytes."""
 
     scope: bytes
@@ -274,30 +274,35 @@ class _Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """One `ResourceSpans`, its parts as bytes."""
 
     resource: bytes
-    scopes: list[_Scope]
+    scopes: list[Scope]
     schema_url: bytes
 
 
-def _read_resource_frame(value: bytes) -> _Frame:
+def _read_frame(value: bytes) -> Frame:
     frame = ResourceFrame.FromString(value)
     scopes = []
     for part in frame.scope_spans:
         scope = ScopeFrame.FromString(part)
-        scopes.append(_Scope(b"".join(scope.scope), scope.spans, b"".join(scope.schema_url[-1:])))
-    return _Frame(b"".join(frame.resource), scopes, b"".join(frame.schema_url[-1:]))
+        scopes.append(Scope(b"".join(scope.scope), scope.spans, b"".join(scope.schema_url[-1:])))
+    return Frame(b"".join(frame.resource), scopes, b"".join(frame.schema_url[-1:]))
 
 
-def _frame_bytes(frame: _Frame, scopes: Sequence[_Scope]) -> bytes:
+def resource_frames(payload: bytes) -> Iterator[Frame]:
+    """The `ResourceSpans` of a chunk, in order. Raises DecodeError on bytes that never went through `decode`."""
+    return map(_read_frame, _split(payload))
+
+
+def _frame_bytes(frame: Frame, scopes: Sequence[Scope]) -> bytes:
     """A `TracesData` of one `ResourceSpans` with these scopes."""
     inner = b"".join(_delimited(2, scope.encode()) for scope in scopes)
     return _delimited(1, _optional(1, frame.resource) + inner + _optional(3, frame.schema_url))
 
 
-def _resource_fault(frame: _Frame) -> tuple[str, str] | None:
+def _resource_fault(frame: Frame) -> tuple[str, str] | None:
     """Why no span of this frame can be decoded, if so."""
     try:
         Resource.FromString(frame.resource)
@@ -347,7 +352,7 @@ def any_value(value: AnyValue) -> Any:
 def payload_mask(payload: bytes, rules: RuleSet) -> int:
     """The rules that some span of a chunk matches: what `decode` puts into facts, for a rule set that is newer."""
     mask = 0
-    for frame in map(_read_resource_frame, _resource_frames(payload)):
+    for frame in resource_frames(payload):
         resource = _attributes(Resource.FromString(frame.resource).attributes)
         for scope in frame.scopes:
             for raw in scope.spans:

@@ -1,0 +1,374 @@
+"""The second half: claim traces that have gone quiet, judge each once, write, release.
+
+A *writer* has a fresh id, a lease in Redis, and one open *sequence* at a time. While a sequence is open, every round
+claims what is due and records its verdicts; when it is old or large enough it is flushed: wait until Redis has it on
+disk, upload, commit `decisions`, commit `spans`, release. The numbers in comments are the steps of docs/protocol.md;
+their order is the guarantee, so none may be moved.
+
+Crash-only. A missing answer of Redis, a lost lease or another epoch makes the writer forget everything and be born
+again under a new id; its claims stay in Redis, and whoever finds them without a live owner finishes them with the
+same code and under the same (writer, sequence), so the table lets them land once. A catalog that is away is waited
+for: the sequence stays open, with the payloads of dropped traces freed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import pyarrow as pa
+
+from tss import config, restore
+from tss.buffer import Buffer, Recorded, Timers
+from tss.errors import Fenced, LinkLost, Unavailable
+from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
+from tss.metrics import Metrics
+from tss.model import NO_START, Claimed, Now, Trigger, Verdict
+from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
+from tss.rules import RuleSet
+from tss.sink import Kind, Sink, Upload
+from tss.wire import payload_mask
+
+log = logging.getLogger("tss")
+
+RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
+SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flushed, for its memory's sake
+
+_restoring = threading.Lock()  # of this process; across processes a restore may run twice and still ends well
+
+
+@dataclass(slots=True)
+class OpenSequence:
+    """What one open sequence holds. `cuts` are the kept traces with their payloads."""
+
+    owner: str
+    number: int
+    opened_secs: float
+    traces: list[bytes] = field(default_factory=list)
+    dropped: list[bytes] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    cuts: list[tuple[bytes, Verdict, bool, Cut]] = field(default_factory=list)
+    spans: int = 0
+
+
+class Writer:
+    """One decide loop. `step` is called again and again by one thread; `stop` is looked at while it waits."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: config.Config,
+        *,
+        connect: Callable[[], Buffer],
+        sink: Sink,
+        rules: Callable[[], RuleSet],
+        partitions: Callable[[], int],
+        relief: Callable[[], int],
+        low: Callable[[], int | None],
+        metrics: Metrics,
+        stop: threading.Event,
+    ) -> None:
+        app, sampling = settings.app, settings.sampling
+        self.name = name
+        self._settings = settings
+        self._connect = connect
+        self._sink = sink
+        self._rules = rules
+        self._partitions = partitions
+        self._relief = relief
+        self._low = low
+        self._metrics = metrics
+        self._stop = stop
+        self._timers = Timers(
+            inactivity_ms=int(app.inactivity_timeout_secs * 1000),
+            root_wait_ms=None if app.root_wait_secs is None else int(app.root_wait_secs * 1000),
+            max_duration_ms=int(app.max_trace_duration_secs * 1000),
+            stall_ms=int(settings.kafka.partition_stall_secs * 1000),
+        )
+        self._policies = Policies(
+            error_rate=sampling.error_sample_rate if sampling.always_sample_errors else 0.0,
+            latency_rate=sampling.latency_sample_rate if sampling.sample_latency else 0.0,
+            latency_threshold_ms=sampling.latency_threshold_ms,
+            base_rate=sampling.normal_sample_rate,
+        )
+        self._buffer: Buffer | None = None
+        self._number = 0
+        self._open: OpenSequence | None = None
+        self._next_adoption = 0.0
+        self.id: str | None = None
+        self.fault: str | None = "not born yet"
+        self.waiting: tuple[int, ...] = ()
+        self.stalled: tuple[int, ...] = ()
+        self.clock_ms: int | None = None
+        self.due = 0
+
+    @property
+    def open_since_secs(self) -> float | None:
+        return self._open.opened_secs if self._open else None
+
+    # --- one round ---
+
+    def step(self, now: Now) -> bool:
+        """Returns whether there is more to do at once. Raises LinkLost, Fenced or Unavailable; then call `die`."""
+        buffer = self._living()
+        if self._open is None and now.mono_secs >= self._next_adoption:
+            self._next_adoption = now.mono_secs + self._settings.app.lease_secs / 3
+            self._adopt(buffer, now)
+        more = self._claim(buffer, now)
+        age = 0.0
+        if self._open is not None:
+            age = now.mono_secs - self._open.opened_secs
+            storage = self._settings.storage
+            full = self._open.spans >= storage.flush_max_spans or len(self._open.traces) >= SEQUENCE_TRACES_MAX
+            if full or age >= storage.flush_interval_secs:
+                sequence, self._open = self._open, None
+                self._finish(buffer, sequence)
+        self._metrics.open_sequence_age.labels(self.name).set(age)
+        return more
+
+    def flush(self) -> None:
+        """Finishes the open sequence, if there is one: the end of a graceful stop."""
+        if self._buffer is not None and self._open is not None:
+            sequence, self._open = self._open, None
+            self._finish(self._buffer, sequence)
+
+    def resign(self) -> None:
+        """Step 16, last: whatever is left is adopted at once."""
+        if self._buffer is not None and self.id is not None:
+            self._buffer.resign(self.id)
+            self._buffer.close()
+        self.id = self._buffer = None
+
+    def die(self, fault: Unavailable | Fenced) -> None:
+        """Forgets everything; the claims stay in Redis for whoever adopts them."""
+        if self.id is not None:
+            cause = "fenced" if isinstance(fault, Fenced) else "link_lost"
+            self._metrics.writer_deaths.labels(cause).inc()
+            log.warning("Writer %s begins anew: %s", self.id, fault)
+        if self._buffer is not None:
+            self._buffer.close()
+        self.id = self._buffer = self._open = None
+        self.fault = str(fault)
+
+    # --- step 6: birth ---
+
+    def _living(self) -> Buffer:
+        if self._buffer is not None and self.id is not None:
+            return self._buffer
+        self._buffer = self._connect()
+        with _restoring:
+            self._buffer.epoch = self._buffer.read_epoch()
+            if not restore.is_current(self._buffer, self._sink):
+                restore.restore(self._buffer, self._sink, self._low(), self._settings.redis.trace_ttl_secs)
+        fresh = uuid.uuid4().hex[:16]
+        self._buffer.enroll(fresh, self._settings.app.lease_secs)
+        self.id, self._number, self.fault = fresh, 0, None
+        log.debug("Writer %s is born", fresh)
+        return self._buffer
+
+    # --- steps 7 to 9: claim, judge, record ---
+
+    def _claim(self, buffer: Buffer, now: Now) -> bool:
+        assert self.id is not None
+        limit = self._settings.app.claim_max_traces
+        number = self._open.number if self._open else self._number + 1
+        result = buffer.claim(
+            self.id, number, self._timers, self._partitions(), limit, pressure=self._relief()
+        )
+        self._note_clock(result.clock_ms, result.waiting, result.stalled, now)
+        self.due = result.due
+        self._metrics.due_traces.labels(self.name).set(result.due)
+        if not result.traces:
+            return False
+        if self._open is None:
+            self._number = number
+            self._open = OpenSequence(self.id, number, now.mono_secs)
+        self._decide(buffer, self._open, buffer.facts(result.traces))
+        return result.due > len(result.traces)
+
+    def _note_clock(
+        self, clock_ms: int | None, waiting: tuple[int, ...], stalled: tuple[int, ...], now: Now
+    ) -> None:
+        if stalled and stalled != self.stalled:
+            log.warning(
+                "Partitions %s were silent for longer than kafka.partition_stall_secs; their traces may be cut", stalled
+            )
+        self.clock_ms, self.waiting, self.stalled = clock_ms, waiting, stalled
+        self._metrics.clock_waiting.set(len(waiting))
+        self._metrics.clock_stalled.set(len(stalled))
+        if clock_ms is not None:
+            self._metrics.clock_lag.set(max(0.0, (now.wall_ms - clock_ms) / 1000))
+
+    def _decide(self, buffer: Buffer, sequence: OpenSequence, traces: Sequence[Claimed]) -> None:
+        """Steps 8 and 9 for claimed traces; what they come to is added to the sequence."""
+        assert self.id is not None
+        rules = self._rules()
+        summary = summarise(traces, rules)
+        masks = self._fresh_masks(buffer, traces, summary, rules)
+        active = rules.active(from_millis(Now.read().wall_ms))
+        candidates = judge(traces, summary, self._policies, rules, active, masks)
+        recorded = buffer.record(
+            self.id,
+            sequence.owner,
+            sequence.number,
+            [(t.trace_id, c, late_upgrade(c)) for t, c in zip(traces, candidates, strict=True)],
+        )
+        rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]
+        chunks = dict(zip(rows, buffer.payloads([traces[row].trace_id for row in rows]), strict=True))
+        for row, (trace, outcome) in enumerate(zip(traces, recorded, strict=True)):
+            if outcome is not None:
+                self._add(sequence, trace, outcome, summary, row, chunks.get(row))
+
+    def _fresh_masks(
+        self, buffer: Buffer, traces: Sequence[Claimed], summary: Summary, rules: RuleSet
+    ) -> dict[int, int]:
+        """Rules changed since a chunk came in: its payload is matched against today's."""
+        stale = [row for row in range(len(traces)) if summary.stale[row]]
+        if not rules.rules:
+            return dict.fromkeys(stale, 0)
+        payloads = buffer.payloads([traces[row].trace_id for row in stale])
+        masks = {}
+        for row, chunks in zip(stale, payloads, strict=True):
+            masks[row] = 0
+            for payload in chunks.values():
+                masks[row] |= payload_mask(payload, rules)
+        return masks
+
+    def _add(
+        self,
+        sequence: OpenSequence,
+        trace: Claimed,
+        outcome: Recorded,
+        summary: Summary,
+        row: int,
+        chunks: dict[bytes, bytes] | None,
+    ) -> None:
+        pieces = cut(chunks or dict.fromkeys(trace.fields, b""), outcome.coverage)
+        late = bool(outcome.coverage)
+        verdict = outcome.verdict
+        sequence.traces.append(trace.trace_id)
+        self._metrics.spans_duplicate.inc(pieces.duplicates)
+        if not pieces.records:
+            return
+        if chunks is None:
+            sequence.dropped.append(trace.trace_id)
+        else:
+            sequence.cuts.append((trace.trace_id, verdict, late, pieces))
+            sequence.spans += pieces.spans
+        start = int(summary.start_ns[row])
+        sequence.decisions.append(
+            Decision(
+                trace_id=trace.trace_id,
+                verdict=Verdict(
+                    verdict.kept,
+                    verdict.reason,
+                    verdict.policy,
+                    verdict.probability,
+                    Trigger.LATE if late else trace.trigger,
+                    verdict.rules,
+                ),
+                late=late,
+                span_count=pieces.spans,
+                error=bool(summary.errors[row]),
+                start_ns=None if start == NO_START else start,
+                duration_ms=float(summary.duration_ms[row]),
+                last_log_ms=int(summary.last_log_ms[row]),
+                records=pieces.records,
+            )
+        )
+
+    # --- steps 10 to 13: durable, upload, commit, release ---
+
+    def _finish(self, buffer: Buffer, sequence: OpenSequence) -> None:
+        assert self.id is not None
+        epoch = buffer.epoch or ""
+        started = time.monotonic()
+        buffer.wait_durable()  # step 10
+        decided_at = from_millis(Now.read().wall_ms)
+        repeated = self._land(buffer, sequence, epoch, decided_at)
+        released = buffer.release(  # step 13
+            self.id, sequence.owner, sequence.number, sequence.traces, self._settings.redis.trace_ttl_secs
+        )
+        self._metrics.flush_seconds.observe(time.monotonic() - started)
+        self._count(sequence, repeated)
+        log.info(
+            "Decided %d traces, kept %d",
+            len(sequence.decisions),
+            len(sequence.cuts),
+            extra={"spans": sequence.spans, "writer": sequence.owner, "sequence": sequence.number, "released": released},
+        )
+
+    def _land(self, buffer: Buffer, sequence: OpenSequence, epoch: str, decided_at: datetime) -> int:
+        """Steps 11 and 12, again and again until both tables have the sequence; returns spans sent twice."""
+        assert self.id is not None
+        if not sequence.decisions:
+            return 0
+        decisions = decision_table(sequence.decisions, decided_at, sequence.owner, sequence.number)
+        spans, repeated = span_table(sequence.cuts, decided_at)
+
+        wanted: list[tuple[Kind, pa.Table]] = [("decisions", decisions)]  # the order of step 12
+        if spans.num_rows:
+            wanted.append(("spans", spans))
+        uploads: dict[Kind, Upload] = {}
+        for attempt in itertools.count():
+            try:
+                for kind, rows in wanted:
+                    if kind not in uploads:
+                        uploads[kind] = self._sink.upload(kind, rows)
+                for kind, _ in wanted:
+                    self._sink.commit(uploads[kind], sequence.owner, sequence.number, epoch)
+                break
+            except Unavailable as fault:
+                if attempt == 0:
+                    log.warning("An open sequence waits: %s", fault, extra={"traces": len(sequence.traces)})
+                    buffer.free(self.id, sequence.owner, sequence.number, sequence.dropped)
+                self.fault = str(fault)
+                if self._stop.wait(RETRY_SECS[min(attempt, len(RETRY_SECS) - 1)]):
+                    raise
+        self.fault = None
+        return repeated
+
+    def _count(self, sequence: OpenSequence, repeated: int) -> None:
+        metrics = self._metrics
+        now_ms = Now.read().wall_ms
+        for decision in sequence.decisions:
+            verdict = decision.verdict
+            metrics.decisions.labels(verdict.trigger.label).inc()
+            metrics.decision_seconds.observe(max(0.0, (now_ms - decision.last_log_ms) / 1000))
+            if not verdict.kept:
+                metrics.spans_dropped.inc(decision.span_count)
+            if decision.late:
+                metrics.late_spans.labels("kept" if verdict.kept else "dropped").inc(decision.span_count)
+                if verdict.reason != LATE_ERROR:
+                    continue
+            else:
+                metrics.traces_ingested.inc()
+            if verdict.kept:
+                metrics.traces_sampled.labels(verdict.reason).inc()
+            else:
+                metrics.traces_dropped.inc()
+            if verdict.reason.startswith("force"):
+                metrics.force_rule_matches.labels(verdict.policy).inc()
+                if verdict.kept:
+                    metrics.traces_forced.inc()
+        metrics.spans_exported.inc(sequence.spans - repeated)
+        metrics.spans_duplicate.inc(repeated)
+
+    # --- step 14: takeover ---
+
+    def _adopt(self, buffer: Buffer, now: Now) -> None:
+        """Finishes sequences whose owner is not live. Any number of adopters at once is safe: the release decides."""
+        assert self.id is not None
+        for owner, number in buffer.abandoned():
+            traces = buffer.claimed_by(owner, number)
+            log.info("Taking over sequence %d of writer %s", number, owner, extra={"traces": len(traces)})
+            sequence = OpenSequence(owner, number, now.mono_secs)
+            self._decide(buffer, sequence, buffer.facts(traces))
+            self._finish(buffer, sequence)
+            self._metrics.takeovers.inc()

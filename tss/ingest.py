@@ -1,0 +1,270 @@
+"""The first half: records from Kafka into Redis, offsets only after Redis has them.
+
+One round (`step`): take a batch, cut it into chunks, write chunks, indexes and the partitions' clocks in one MULTI a
+shard, hand refused bytes to the dead-letter topic, and commit offsets whose spans have been safe for long enough.
+The numbers in comments are the steps of docs/protocol.md.
+
+*Log time* is the running maximum of a partition's record timestamps, never later than now. At the end of a partition
+it is the moment at which the brokers were asked where the end is: every record older than that has been read. So a
+backlog, a paused consumer or a broker that is away never makes a trace look quiet.
+
+Crash-only: when an answer of Redis is missing, the connection and all that was read since the last committed offset
+are forgotten, and every partition begins again by the one rule of `Source.begin`. What was written twice is cut away
+by its record's offset when it is written out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from tss import config
+from tss.buffer import LAG_SECS, Buffer, Usage
+from tss.errors import LinkLost, Unavailable
+from tss.metrics import Metrics
+from tss.model import Now, Record
+from tss.rules import RuleSet
+from tss.source import Ends, Source
+from tss.wire import decode
+
+log = logging.getLogger("tss")
+
+POLL_SECS = 0.2  # longest wait for a first record; bounds how late a rebalance or a stop is noticed
+END_CHECK_SECS = 1.0
+USAGE_SECS = 1.0
+RESUME_SHARE = 0.9  # of the budget: room for some batches before the next pause
+RELIEF_TRACES = 2000  # claimed early in one look while memory is short
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """Positions that Redis had at `mono_secs`."""
+
+    mono_secs: float
+    positions: dict[int, int]
+
+
+class Ingest:
+    """One consumer and its connection to Redis. `step` is called again and again by one thread."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        connect: Callable[[], Buffer],
+        rules: Callable[[], RuleSet],
+        metrics: Metrics,
+        embedded: bool,
+    ) -> None:
+        self._settings = settings
+        self._connect = connect
+        self._rules = rules
+        self._metrics = metrics
+        self._root_timer = settings.app.root_wait_secs is not None
+        self._buffer: Buffer | None = None
+        self._log_time: dict[int, int] = {}
+        self._waiting: deque[Acknowledged] = deque()
+        self._safe: dict[int, int] = {}
+        self._committed: dict[int, int] = {}
+        self._begun = False
+        self._next_commit = self._next_ends = self._next_usage = 0.0
+        self.usage: Usage | None = None
+        self.relief = 0
+        self.lag: dict[int, int] = {}
+        self.source = Source(settings.kafka, embedded=embedded, revoked=self._on_revoked)
+
+    # --- one round ---
+
+    def step(self, now: Now) -> int:
+        """Returns how many records were taken in. Raises LinkLost or Unavailable; then call `recover`."""
+        self.source.refresh_partition_count(now.mono_secs)
+        buffer = self._ready_buffer()
+        if buffer is None:
+            self.source.poll(POLL_SECS)
+            return 0
+        records = self.source.poll(POLL_SECS)
+        if records:
+            self._take_in(buffer, records, now)
+        self._mark_ends(buffer, now)
+        if now.mono_secs >= self._next_usage:
+            self._next_usage = now.mono_secs + USAGE_SECS
+            self._relieve(buffer.usage(), now)
+        if now.mono_secs >= self._next_commit:
+            self._next_commit = now.mono_secs + self._settings.kafka.commit_interval_secs
+            self._commit(buffer, now, wait=False)
+        self._count_commits()
+        return len(records)
+
+    def _ready_buffer(self) -> Buffer | None:
+        """Step 1. None while Redis has no epoch yet: a writer is about to give it one."""
+        if self._buffer is None:
+            self._buffer = self._connect()
+        if self._buffer.epoch is None:
+            self._buffer.epoch = self._buffer.read_epoch()
+        if self._buffer.epoch is None:
+            return None
+        if not self._begun:
+            self._begin(self._buffer.epoch)
+        return self._buffer
+
+    def _begin(self, epoch: str) -> None:
+        """Step 2."""
+        self._log_time.clear()
+        self._waiting.clear()
+        self._safe.clear()
+        self._committed.clear()
+        self.source.begin(epoch)
+        self.source.resume()
+        self._begun = True
+
+    def recover(self, fault: Unavailable) -> None:
+        """Forgets the connection and what was read over it; reading pauses until there is a new one."""
+        if isinstance(fault, LinkLost) or self._buffer is None:
+            if self._buffer is not None:
+                self._buffer.close()
+                self._metrics.restarts.inc()
+            self._buffer = None
+        self._begun = False
+        self.source.pause()
+
+    # --- step 3: a batch ---
+
+    def _take_in(self, buffer: Buffer, records: list[Record], now: Now) -> None:
+        records = [self._in_log_time(record, now) for record in records]
+        batch = decode(records, self._rules())
+        clocks = {r.partition: r.timestamp_ms for r in records}
+        buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer)
+        self.source.dead_letter(batch.dead)
+        self._waiting.append(Acknowledged(now.mono_secs, {r.partition: r.offset + 1 for r in records}))
+
+        metrics = self._metrics
+        metrics.records_consumed.inc(len(records))
+        metrics.bytes_consumed.inc(sum(len(r.value or b"") for r in records))
+        metrics.records_empty.inc(batch.empty)
+        metrics.spans_ingested.inc(batch.spans)
+        metrics.chunks_written.inc(len(batch.chunks))
+        for letter in batch.dead:
+            metrics.dead_letters.labels(letter.reason).inc()
+            metrics.spans_rejected.labels(letter.reason).inc(letter.spans)
+
+    def _in_log_time(self, record: Record, now: Now) -> Record:
+        reached = max(self._log_time.get(record.partition, 0), min(record.timestamp_ms, now.wall_ms))
+        self._log_time[record.partition] = reached
+        return replace(record, timestamp_ms=reached)
+
+    def _mark_ends(self, buffer: Buffer, now: Now) -> None:
+        """At the end of a partition its clock is the moment the brokers were asked for it."""
+        if now.mono_secs >= self._next_ends:
+            self._next_ends = now.mono_secs + END_CHECK_SECS
+            self.source.ask_ends(now.wall_ms)
+        ends = self.source.ends()
+        if ends is None:
+            return
+        clocks = dict(self._reached_ends(ends))
+        if clocks:
+            buffer.append(decode([], self._rules()).chunks, clocks, now.wall_ms, root_timer=False)
+        for partition, lag in self.lag.items():
+            self._metrics.consumer_lag.labels(partition).set(lag)
+        self._metrics.partitions_assigned.set(len(self.source.assigned))
+
+    def _reached_ends(self, ends: Ends) -> Iterable[tuple[int, int]]:
+        reached = self.source.reached
+        self.lag = {p: max(0, high - reached[p]) for p, high in ends.high.items() if p in reached}
+        for partition, lag in self.lag.items():
+            if lag == 0:
+                self._log_time[partition] = max(self._log_time.get(partition, 0), ends.asked_ms)
+                yield partition, self._log_time[partition]
+
+    # --- step 4: offsets ---
+
+    def _commit(self, buffer: Buffer, now: Now, *, wait: bool) -> None:
+        while self._waiting and now.mono_secs - self._waiting[0].mono_secs >= LAG_SECS:
+            self._safe |= self._waiting.popleft().positions
+        if self._safe.items() <= self._committed.items():
+            return
+        low = buffer.confirm()
+        if low is None:
+            low = min(self._log_time.values(), default=now.wall_ms)
+        self.source.commit(self._safe, buffer.epoch or "", low, wait=wait)
+        self._committed |= self._safe
+
+    def _on_revoked(self, partitions: set[int]) -> None:
+        """What is settled is committed; the rest is read again by the next owner and cut away by its offsets."""
+        if self._buffer is not None and self._buffer.epoch is not None:
+            try:
+                self._commit(self._buffer, Now.read(), wait=True)
+            except Unavailable as fault:
+                log.warning("Offsets of revoked partitions were not committed; they are read again: %s", fault)
+        self._waiting = deque(
+            Acknowledged(a.mono_secs, {p: at for p, at in a.positions.items() if p not in partitions})
+            for a in self._waiting
+        )
+        for p in partitions:
+            self._log_time.pop(p, None)
+            self._safe.pop(p, None)
+            self._committed.pop(p, None)
+            self.lag.pop(p, None)
+            self._metrics.consumer_lag.labels(p).set(0)
+
+    def _count_commits(self) -> None:
+        outcomes, self.source.commits = self.source.commits, []
+        for error in outcomes:
+            self._metrics.offset_commits.labels("failed" if error else "committed").inc()
+            if error:
+                self._committed.clear()
+                log.warning("Offsets were not committed; the next commit tries again: %s", error.str())
+
+    # --- back-pressure ---
+
+    def _relieve(self, usage: Usage, now: Now) -> None:
+        """Pauses reading above the fleet's budget. A paused reader holds the clock, so only early decisions drain."""
+        self.usage = usage
+        app = self._settings.app
+        fullness = max(
+            usage.memory_bytes / usage.budget_bytes,
+            usage.pending_traces / app.max_buffer_traces,
+            usage.pending_spans / app.max_buffer_spans,
+        )
+        if not self.source.paused and fullness >= 1:
+            log.warning(
+                "Reading is paused: Redis is full; the oldest traces are decided early",
+                extra={
+                    "memory_bytes": usage.memory_bytes,
+                    "budget_bytes": usage.budget_bytes,
+                    "traces": usage.pending_traces,
+                    "spans": usage.pending_spans,
+                },
+            )
+            self.source.pause()
+        elif self.source.paused and fullness < RESUME_SHARE:
+            log.info("Reading goes on: Redis has room again")
+            self.source.resume()
+        self.relief = RELIEF_TRACES if self.source.paused else 0
+
+        metrics = self._metrics
+        metrics.consumer_paused.set(self.source.paused)
+        metrics.buffer_traces.set(usage.pending_traces)
+        metrics.buffer_spans.set(usage.pending_spans)
+        metrics.buffer_bytes.set(usage.memory_bytes)
+        metrics.buffer_budget_bytes.set(usage.budget_bytes)
+        oldest = now.wall_ms if usage.oldest_ms is None else usage.oldest_ms
+        metrics.oldest_pending.set(max(0.0, (now.wall_ms - oldest) / 1000))
+
+    # --- step 16 ---
+
+    def close(self) -> None:
+        """Commits what Redis has on disk, and leaves the group."""
+        try:
+            if self._buffer is not None and self._begun:
+                self._buffer.wait_durable()
+                now = Now.read()
+                self._commit(self._buffer, replace(now, mono_secs=now.mono_secs + LAG_SECS), wait=True)
+                self._count_commits()
+        except Unavailable as fault:
+            log.warning("Offsets were not committed at the end; records are read again: %s", fault)
+        finally:
+            self.source.close()
+            if self._buffer is not None:
+                self._buffer.close()
