@@ -31,7 +31,7 @@ def main() -> int:
         match command:
             case "up":
                 install()
-                return _up(stacks[-1] if stacks else Stack.new())
+                return _up(stacks)
             case "down":
                 return _down(stacks)
             case "status":
@@ -46,7 +46,15 @@ def main() -> int:
         return 1
 
 
-def _up(stack: Stack) -> int:
+def _up(stacks: list[Stack]) -> int:
+    ours = []
+    for known in stacks:
+        if known.owner is None:
+            ours.append(known)
+        else:
+            say(f"ending what a killed test run left in {known.folder}")
+            known.down()
+    stack = ours[-1] if ours else Stack.new()
     stack.up()
     print(_table(stack))
     print(f"MinIO: bucket {BUCKET}, key {S3_KEY_ID}, secret {S3_SECRET}")
