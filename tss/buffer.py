@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from redis import crc
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection, ConnectionPool
+from redis.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
@@ -319,7 +319,8 @@ def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
     """Shard of each row of (n, 16) ids: both halves mixed, as ids may be random in either."""
     halves = np.ascontiguousarray(trace_ids).view("<u8").reshape(-1, 2)
     mixed = (halves[:, 0] ^ (halves[:, 1] << np.uint64(1))) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(33)) % np.uint64(shards)).astype(np.int64)
+    rows: NDArray[np.int64] = ((mixed >> np.uint64(33)) % np.uint64(shards)).astype(np.int64)
+    return rows
 
 
 # --- one connection ----------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
 class Link:
     """One connection to one run of one server. Any fault ends it; it never reconnects."""
 
-    def __init__(self, connection: AbstractConnection) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection = connection
         try:
             connection.connect()
@@ -609,7 +610,10 @@ class Buffer:
             for shard in range(self._shards)
         }
         traces: list[tuple[bytes, Trigger]] = []
-        clocks, waiting, stalled, due = [], set(), set(), 0
+        clocks: list[int] = []
+        waiting: set[int] = set()
+        stalled: set[int] = set()
+        due = 0
         for reply in self._scripted(CLAIM, arguments).values():
             _, clock, unheard, silent, backlog, taken = reply
             clocks.append(clock)

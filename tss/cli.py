@@ -111,7 +111,15 @@ def _check(rest: list[str]) -> int:
 def _bootstrap(rest: list[str]) -> int:
     from tss import bootstrap
 
-    return bootstrap.main(rest)
+    parser = argparse.ArgumentParser(
+        prog="tss bootstrap", description="Make what tss needs from the outside parts."
+    )
+    bootstrap.add_arguments(parser)
+    steps, plan = bootstrap.plan_of(parser.parse_args(rest))
+    settings = config.load(os.environ)
+    logs.setup(settings.observability, settings.app.instance_id)
+    bootstrap.run(settings, steps, plan)
+    return 0
 
 
 if __name__ == "__main__":

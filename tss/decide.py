@@ -125,7 +125,9 @@ class Writer:
         if self._open is not None:
             age = now.mono_secs - self._open.opened_secs
             storage = self._settings.storage
-            full = self._open.spans >= storage.flush_max_spans or len(self._open.traces) >= SEQUENCE_TRACES_MAX
+            full = (
+                self._open.spans >= storage.flush_max_spans or len(self._open.traces) >= SEQUENCE_TRACES_MAX
+            )
             if full or age >= storage.flush_interval_secs:
                 sequence, self._open = self._open, None
                 self._finish(buffer, sequence)
@@ -197,7 +199,8 @@ class Writer:
     ) -> None:
         if stalled and stalled != self.stalled:
             log.warning(
-                "Partitions %s were silent for longer than kafka.partition_stall_secs; their traces may be cut", stalled
+                "Partitions %s were silent for longer than kafka.partition_stall_secs; their traces may be cut",
+                stalled,
             )
         self.clock_ms, self.waiting, self.stalled = clock_ms, waiting, stalled
         self._metrics.clock_waiting.set(len(waiting))
@@ -301,7 +304,12 @@ class Writer:
             "Decided %d traces, kept %d",
             len(sequence.decisions),
             len(sequence.cuts),
-            extra={"spans": sequence.spans, "writer": sequence.owner, "sequence": sequence.number, "released": released},
+            extra={
+                "spans": sequence.spans,
+                "writer": sequence.owner,
+                "sequence": sequence.number,
+                "released": released,
+            },
         )
 
     def _land(self, buffer: Buffer, sequence: OpenSequence, epoch: str, decided_at: datetime) -> int:

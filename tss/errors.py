@@ -1,11 +1,11 @@
 """What went wrong, named by what the caller does next.
 
-    TssError
-    ├── ConfigError        the operator changes a setting; the process ends with exit code 78
-    ├── Unavailable        an outside part does not answer: wait, then try again
-    │   └── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
-    ├── Fenced             another process owns what we held: drop it, be born again under a new id
-    └── BadRequest         the caller of the API sent something wrong: a 4xx that says what
+TssError
+├── ConfigError        the operator changes a setting; the process ends with exit code 78
+├── Unavailable        an outside part does not answer: wait, then try again
+│   └── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
+├── Fenced             another process owns what we held: drop it, be born again under a new id
+└── BadRequest         the caller of the API sent something wrong: a 4xx that says what
 """
 
 from __future__ import annotations

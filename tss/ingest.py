@@ -196,7 +196,9 @@ class Ingest:
             try:
                 self._commit(self._buffer, Now.read(), wait=True)
             except Unavailable as fault:
-                log.warning("Offsets of revoked partitions were not committed; they are read again: %s", fault)
+                log.warning(
+                    "Offsets of revoked partitions were not committed; they are read again: %s", fault
+                )
         self._waiting = deque(
             Acknowledged(a.mono_secs, {p: at for p, at in a.positions.items() if p not in partitions})
             for a in self._waiting

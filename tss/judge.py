@@ -65,11 +65,13 @@ class Summary:
 
     @property
     def errors(self) -> NDArray[np.bool_]:
-        return (self.bits & ERROR) != 0
+        found: NDArray[np.bool_] = (self.bits & ERROR) != 0
+        return found
 
     @property
     def roots(self) -> NDArray[np.bool_]:
-        return (self.bits & ROOT) != 0
+        found: NDArray[np.bool_] = (self.bits & ROOT) != 0
+        return found
 
 
 def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
@@ -78,7 +80,7 @@ def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
     counts = np.array([len(t.fields) for t in traces], np.int64)
     at = np.concatenate(([0], np.cumsum(counts)[:-1])) if len(traces) else np.zeros(0, np.int64)
     spans = _reduce(np.add, table["spans"].astype(np.int64), at)
-    for row in np.flatnonzero(counts > 1):
+    for row in np.flatnonzero(counts > 1).tolist():
         spans[row] = _distinct_spans(traces[row])
     own = table["randomness"]
     return Summary(
@@ -115,7 +117,8 @@ def _stated_randomness(
     for column in range(9, 16):
         fallback = fallback << np.uint64(8) | ids[:, column].astype(np.uint64)
     low, high = _reduce(np.minimum, own, at), _reduce(np.maximum, own, at)
-    return np.where(low != fallback, low, high)
+    stated: NDArray[np.uint64] = np.where(low != fallback, low, high)
+    return stated
 
 
 def judge(

@@ -108,7 +108,7 @@ class Chunks:
         return len(self.facts)
 
     def trace_id(self, i: int) -> bytes:
-        return self.trace_ids[i].tobytes()
+        return bytes(self.trace_ids[i])
 
     def field(self, i: int) -> bytes:
         return self.buffer[self.field_at[i] : self.payload_at[i]]
@@ -258,4 +258,3 @@ class Claimed:
 
     def records(self) -> set[tuple[int, int]]:
         return {(o.partition, o.offset) for f in self.fields for o in decode_origins(f[FACTS.itemsize :])}
-

@@ -35,9 +35,9 @@ UNKNOWN_SERVICE = "unknown_service"  # what OpenTelemetry prescribes where servi
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 STATUSES = ("UNSET", "OK", "ERROR")
 
-_STRINGS = pa.map_(pa.string(), pa.string())
-_MICROS = pa.timestamp("us", "UTC")
-_EVENT = pa.struct(
+_STRINGS: Any = pa.map_(pa.string(), pa.string())
+_MICROS: Any = pa.timestamp("us", "UTC")
+_EVENT: Any = pa.struct(
     [
         ("time_unix_nano", pa.int64()),
         ("name", pa.string()),
@@ -45,7 +45,7 @@ _EVENT = pa.struct(
         ("dropped_attributes_count", pa.int32()),
     ]
 )
-_LINK = pa.struct(
+_LINK: Any = pa.struct(
     [
         ("trace_id", pa.string()),
         ("span_id", pa.string()),
@@ -175,7 +175,9 @@ def cut(chunks: Mapping[bytes, bytes], coverage: AbstractSet[tuple[int, int]]) -
     return Cut(payloads, frozenset(seen - set(coverage)), spans, duplicates)
 
 
-def decision_table(decisions: Sequence[Decision], decided_at: datetime, writer: str, sequence: int) -> pa.Table:
+def decision_table(
+    decisions: Sequence[Decision], decided_at: datetime, writer: str, sequence: int
+) -> pa.Table:
     """One row a decision."""
     rows = [
         (
@@ -202,7 +204,9 @@ def decision_table(decisions: Sequence[Decision], decided_at: datetime, writer: 
     return _table(rows, DECISIONS)
 
 
-def span_table(traces: Iterable[tuple[bytes, Verdict, bool, Cut]], decided_at: datetime) -> tuple[pa.Table, int]:
+def span_table(
+    traces: Iterable[tuple[bytes, Verdict, bool, Cut]], decided_at: datetime
+) -> tuple[pa.Table, int]:
     """One row a span of (trace id, verdict, late, cut); also how many were left out as sent twice."""
     rows: list[tuple[Any, ...]] = []
     repeated = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -88,7 +89,7 @@ class Service:
         self._run("heartbeat", self._beat)
         self._run("monitor", self._watch)
         for writer in self.writers:
-            self._run(f"worker-{writer.name}", lambda w=writer: self._decide(w))
+            self._run(f"worker-{writer.name}", functools.partial(self._decide, writer))
         log.info("Started %d evaluation workers", len(self.writers))
         api = settings.observability
         log.info("Health/Admin API server listening on %s:%d", api.health_addr, self.api_port)
@@ -104,7 +105,9 @@ class Service:
             broker = self._parts.enter_context(embedded.EmbeddedKafka(topics))
             kafka = kafka.model_copy(update={"brokers": broker.brokers})
         if redis.url == config.EMBEDDED:
-            folder = self.settings.storage.local.path if self.settings.storage.storage_type == "local" else None
+            folder = (
+                self.settings.storage.local.path if self.settings.storage.storage_type == "local" else None
+            )
             server = self._parts.enter_context(embedded.EmbeddedRedis(folder and folder / "redis"))
             redis = redis.model_copy(update={"url": server.url})
         return self.settings.model_copy(update={"kafka": kafka, "redis": redis})
@@ -163,7 +166,9 @@ class Service:
         self._stop.set()
         self._ended.set()
 
-    def _loop(self, name: str, step: Callable[[Now], bool], forget: Callable[[Any], None], pause_secs: float) -> None:
+    def _loop(
+        self, name: str, step: Callable[[Now], bool], forget: Callable[[Any], None], pause_secs: float
+    ) -> None:
         """Steps until the stop; a fault that waiting can mend is waited for."""
         failures = 0
         while not self._stop.is_set():

@@ -19,6 +19,7 @@ conflict.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -319,14 +320,18 @@ class Sink:
     def landed(self, kind: Kind) -> dict[str, int]:
         """Highest committed sequence by writer."""
         with self._outside("read"):
-            committed: dict[str, int] = json.loads(self._load(kind).properties.get(self._committed_property, "{}"))
+            committed: dict[str, int] = json.loads(
+                self._load(kind).properties.get(self._committed_property, "{}")
+            )
         return committed
 
     def decisions_since(self, log_time_ms: int) -> Iterator[pa.RecordBatch]:
         """Rows of `decisions` whose newest record is of that log time or later."""
         with self._outside("read"):
             scan = self._load("decisions").scan(
-                row_filter=GreaterThanOrEqual("last_log_time", from_millis(log_time_ms).isoformat())
+                row_filter=GreaterThanOrEqual(
+                    term="last_log_time", value=from_millis(log_time_ms).isoformat()
+                )
             )
             yield from scan.to_arrow_batch_reader()
 
@@ -341,7 +346,9 @@ class Sink:
                 tasks = list(table.scan().plan_files()) if table.current_snapshot() else []
                 if any(task.delete_files for task in tasks):
                     raise Unavailable(
-                        "catalog", self.where, f"{kind} has delete files, which queries cannot apply; compact it"
+                        "catalog",
+                        self.where,
+                        f"{kind} has delete files, which queries cannot apply; compact it",
                     )
                 snapshot = table.current_snapshot()
                 out[str(kind)] = TableFiles(
@@ -484,7 +491,7 @@ def _with_ids(schema: pa.Schema) -> Any:
     """The Iceberg schema of an Arrow schema; the ids are placeholders, the catalog assigns its own."""
     counter = iter(range(1, 100_000))
 
-    def mapped(field: pa.Field) -> MappedField:
+    def mapped(field: Any) -> MappedField:
         return MappedField(field_id=next(counter), names=[field.name], fields=children(field.type))
 
     def children(kind: pa.DataType) -> list[MappedField]:
@@ -504,7 +511,7 @@ def _arrow_schema(table: Table) -> pa.Schema:
     return pa.schema([_small(field) for field in schema_to_pyarrow(table.schema())])
 
 
-def _small(field: pa.Field) -> pa.Field:
+def _small(field: Any) -> Any:
     kind = field.type
     if pa.types.is_large_string(kind):
         kind = pa.string()
@@ -574,7 +581,7 @@ def _partitions(table: Table, rows: pa.Table) -> list[tuple[PartitionKey | None,
     ]
 
 
-def _transformed(column: pa.ChunkedArray, kind: Any, transform: Callable[[Any], Any]) -> list[Any]:
+def _transformed(column: Any, kind: Any, transform: Callable[[Any], Any]) -> list[Any]:
     """The partition value of each row; the transform runs once for each distinct hour or value."""
     if isinstance(kind, TimestampType | TimestamptzType):
         micros = column.cast(pa.int64()).fill_null(0).to_numpy()
@@ -587,13 +594,18 @@ def _transformed(column: pa.ChunkedArray, kind: Any, transform: Callable[[Any], 
 
 def _write(table: Table, key: PartitionKey | None, rows: pa.Table) -> DataFile:
     path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet", key)
-    rows = rows.sort_by([(name, "ascending") for name in ("trace_id", "start_time") if name in rows.column_names])
-    leaves = [column.path for column in pq.ParquetFile(_empty_parquet(rows.schema)).schema]
+    rows = rows.sort_by(
+        [(name, "ascending") for name in ("trace_id", "start_time") if name in rows.column_names]
+    )
+    leaves = _leaves(rows.schema)
     bloom = {}
     if "trace_id" in rows.column_names:
-        bloom = {"trace_id": {"ndv": pc.count_distinct(rows["trace_id"]).as_py(), "fpp": BLOOM_FALSE_POSITIVES}}
+        bloom = {
+            "trace_id": {"ndv": pc.count_distinct(rows["trace_id"]).as_py(), "fpp": BLOOM_FALSE_POSITIVES}
+        }
+    writer_class: Any = pq.ParquetWriter  # its published types know neither streams nor bloom filters
     with table.io.new_output(path).create() as stream:
-        writer = pq.ParquetWriter(
+        writer = writer_class(
             stream,
             rows.schema,
             compression="zstd",
@@ -625,11 +637,13 @@ def _write(table: Table, key: PartitionKey | None, rows: pa.Table) -> DataFile:
     )
 
 
-def _empty_parquet(schema: pa.Schema) -> pa.BufferReader:
-    """A file without rows, to learn the leaf paths that Parquet gives a schema."""
+@functools.lru_cache(8)
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The paths that Parquet gives a schema's leaves, read from a file without rows."""
     out = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), out)
-    return pa.BufferReader(out.getvalue())
+    names: Any = pq.ParquetFile(pa.BufferReader(out.getvalue())).schema
+    return [names.column(i).path for i in range(len(names))]
 
 
 def _plain_path(location: str) -> str:

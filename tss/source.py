@@ -28,7 +28,7 @@ from confluent_kafka import (
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from tss import config
 from tss.errors import ConfigError, Unavailable
@@ -190,21 +190,21 @@ class Source:
             commit = Commit.read(tp.offset, tp.metadata)
             starts[tp.partition] = commit.offset
             if commit.epoch != self._epoch and commit.low_ms is not None:
-                starts[tp.partition] = self._rewound(tp.partition, commit)
+                starts[tp.partition] = self._rewound(tp.partition, commit.offset, commit.low_ms)
         if fresh:
             starts |= self._first_starts(fresh)
         return starts
 
-    def _rewound(self, partition: int, commit: Commit) -> int:
-        asked = TopicPartition(self._topic, partition, commit.low_ms)
+    def _rewound(self, partition: int, committed: int, low_ms: int) -> int:
+        asked = TopicPartition(self._topic, partition, low_ms)
         (found,) = self._consumer.offsets_for_times([asked], timeout=REQUEST_TIMEOUT_SECS)
-        start = min(found.offset, commit.offset) if found.offset >= 0 else commit.offset
-        if start < commit.offset:
+        start = min(found.offset, committed) if found.offset >= 0 else committed
+        if start < committed:
             log.warning(
                 "Redis began a new life: reading partition %d again from offset %d (committed: %d)",
                 partition,
                 start,
-                commit.offset,
+                committed,
             )
         return int(start)
 
@@ -284,8 +284,9 @@ class Source:
                 break
         return records
 
-    def _record(self, message: Message) -> Record | None:
-        partition, error = message.partition(), message.error()
+    def _record(self, message: Any) -> Record | None:
+        partition: int = message.partition()
+        error: KafkaError | None = message.error()
         if error is None:
             kind, at_ms = message.timestamp()
             offset = message.offset()
@@ -329,7 +330,7 @@ class Source:
     def ask_ends(self, now_ms: int) -> None:
         """Asks the brokers where the assigned partitions end; one question at a time, answered by `ends`."""
         if self._ends_request is None and self._assigned:
-            latest = {TopicPartition(self._topic, p): OffsetSpec.latest() for p in self._assigned}
+            latest = {TopicPartition(self._topic, p): OffsetSpec.latest() for p in self._assigned}  # type: ignore[no-untyped-call]
             futures = self._admin.list_offsets(latest, request_timeout=REQUEST_TIMEOUT_SECS)
             self._ends_request = (now_ms, futures)
 
@@ -378,7 +379,10 @@ class Source:
             for p, at in mine.items()
         ]
         try:
-            self._consumer.commit(offsets=offsets, asynchronous=not wait)
+            if wait:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as fault:
             self.commits.append(fault.args[0])
 
@@ -415,7 +419,7 @@ class Source:
         failed: list[tuple[DeadLetter, KafkaError]] = []
         for letter, value, cut in letters:
             record = letter.record
-            headers = [
+            headers: list[tuple[str, str | bytes | None]] = [
                 ("tss.reason", letter.reason),
                 ("tss.detail", letter.detail[:DETAIL_CHARS_MAX]),
                 ("tss.topic", self._topic),
@@ -466,7 +470,9 @@ def lowest_commit(settings: config.Kafka) -> int | None:
         consumer = Consumer(client_settings(settings) | {"group.id": settings.consumer_group})
         try:
             topic = consumer.list_topics(settings.input_topic, timeout=REQUEST_TIMEOUT_SECS)
-            partitions = [TopicPartition(settings.input_topic, p) for p in topic.topics[settings.input_topic].partitions]
+            partitions = [
+                TopicPartition(settings.input_topic, p) for p in topic.topics[settings.input_topic].partitions
+            ]
             commits = consumer.committed(partitions, timeout=REQUEST_TIMEOUT_SECS) if partitions else []
         finally:
             consumer.close()
