@@ -120,6 +120,11 @@ def _redis_rules(redis: Redis) -> Iterator[Rule]:
         "must begin with redis://, rediss:// or unix://, or be `embedded`",
     )
     yield (
+        scheme in ("redis", "rediss") and not _has_numbers(redis.url),
+        "redis.url",
+        "must have numbers for port and database; put a password with / # ? or @ in it into redis.password instead",
+    )
+    yield (
         redis.cluster_enabled and (redis.url == EMBEDDED or scheme == "unix"),
         "redis.cluster_enabled",
         "must be false when redis.url is `embedded` or a socket",
@@ -129,6 +134,14 @@ def _redis_rules(redis: Redis) -> Iterator[Rule]:
         "redis.db",
         "must be 0 or unset with redis.cluster_enabled: a cluster has one",
     )
+
+
+def _has_numbers(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        return parts.port != 0 and int(parts.path.strip("/") or 0) >= 0
+    except ValueError:
+        return False
 
 
 def _storage_rules(storage: Storage) -> Iterator[Rule]:
