@@ -851,12 +851,12 @@ def _link(settings: config.Redis, override: Mapping[str, Any]) -> Link:
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
-    if settings.db is not None:
-        options["db"] = settings.db
     try:
         pool = ConnectionPool.from_url(settings.url, **options)
     except ValueError as fault:
-        raise ConfigError(f"redis.url is {settings.url!r}: {fault}") from fault
+        raise ConfigError(f"redis.url: {fault}") from fault
+    if settings.db is not None:
+        pool.connection_kwargs["db"] = settings.db
     if settings.password is not None:
         pool.connection_kwargs["password"] = settings.password.get_secret_value()
     pool.connection_kwargs.update(override)

@@ -13,7 +13,6 @@ from types import FrameType
 
 from tss import __version__, config, logs
 from tss.errors import ConfigError, TssError
-from tss.service import Service
 
 log = logging.getLogger("tss")
 
@@ -57,6 +56,8 @@ def _run(rest: list[str]) -> int:
     argparse.ArgumentParser(prog="tss run", description="Run a worker until SIGTERM.").parse_args(rest)
     settings = config.load(os.environ)
     logs.setup(settings.observability, settings.app.instance_id)
+    from tss.service import Service  # takes a second to load, and `check` needs none of it
+
     service = Service(settings)
     stopping = threading.Event()
 

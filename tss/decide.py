@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from tss import config, restore
 from tss.buffer import Buffer, Recorded, Timers
-from tss.errors import Fenced, LinkLost, Unavailable
+from tss.errors import Fenced, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics
 from tss.model import NO_START, Claimed, Now, Trigger, Verdict

@@ -7,11 +7,13 @@ Conservation, over a fleet and while nothing fails, once counters and gauges are
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 PREFIX = "tail_sampling"
+
+disable_created_metrics()  # a second series for every counter, which says only when this process started
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 DECISION_SECONDS = (0.5, 1, 2.5, 5, 10, 30, 60, 90, 120, 300, 600, 1800)

@@ -85,6 +85,7 @@ class Service:
             return
         log.info("Connected to Iceberg catalog")
         self._queries = QueryEngine(settings.api, self.sink.files, self.sink.s3)
+        asyncio.run_coroutine_threadsafe(self._queries.start(), self._api_loop).result()
         self._run("rules", lambda: self.rules.run(self._stop))
         self._run("heartbeat", self._beat)
         self._run("monitor", self._watch)
@@ -256,8 +257,10 @@ class Service:
         self._parts.callback(_end_server, server, thread)
         listening = threading.Event()
         self._api_loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._serve_api, args=(listening,), name="api", daemon=True)
-        thread.start()
+        self._api_thread = threading.Thread(
+            target=self._serve_api, args=(listening,), name="api", daemon=True
+        )
+        self._api_thread.start()
         listening.wait()
         if self._fault is not None:
             raise self._fault
@@ -270,11 +273,8 @@ class Service:
             runner, self.api_port = self._api_loop.run_until_complete(
                 api.serve(app, observability.health_addr, observability.health_port)
             )
-        except OSError as fault:
-            self._fault = ConfigError(
-                f"observability.health_addr={observability.health_addr}, health_port={observability.health_port}: "
-                f"{fault.strerror or fault}; choose another in TSS__OBSERVABILITY__HEALTH_PORT"
-            )
+        except ConfigError as fault:
+            self._fault = fault
             return
         finally:
             listening.set()
@@ -305,20 +305,23 @@ class Service:
             redis_fault = None
         if redis_fault is None and self.ingest.usage is None:
             redis_fault = "not heard of yet"
+        moved = [at for name, at in self._steps.items() if name.startswith("worker-")]
         worker_faults = [f"worker-{w.name}: {w.fault}" for w in self.writers if w.fault]
         storage_fault = self.sink.fault
         checks = (
-            self._check("kafka", kafka_fault, "kafka.brokers"),
-            self._check("redis", redis_fault, "redis.url"),
-            self._check("storage", storage_fault, self.sink.where),
-            self._check("workers", "; ".join(worker_faults) or None, "app.evaluation_workers"),
+            _check("kafka", kafka_fault, "kafka.brokers", now, source.heard_secs),
+            _check("redis", redis_fault, "redis.url", now, self._steps.get("ingest")),
+            _check("storage", storage_fault, self.sink.where, now, self.sink.heard_secs),
+            _check(
+                "workers",
+                "; ".join(worker_faults) or None,
+                "app.evaluation_workers",
+                now,
+                min(moved, default=None),
+            ),
         )
         ready = self.started and not self.draining and all(check.ok for check in checks)
         return api.Status(ready, self.draining, checks, self._pipeline(now))
-
-    def _check(self, name: str, fault: str | None, setting: str) -> api.Check:
-        age = time.monotonic() - self._steps["ingest"] if "ingest" in self._steps else None
-        return api.Check(name, fault is None, fault or "ok", setting, age)
 
     def _pipeline(self, now: float) -> dict[str, Any]:
         usage = self.ingest.usage
@@ -365,8 +368,11 @@ class Service:
         late = [t.name for t in self._threads if t.is_alive() and t.name != "heartbeat"]
         self._drained.set()
         self._ended.set()
+        if self._queries is not None:
+            asyncio.run_coroutine_threadsafe(self._queries.close(), self._api_loop).result()
         if self.api_port:
             self._api_loop.call_soon_threadsafe(self._api_loop.stop)
+            self._api_thread.join()
         self.rules.close()
         self._parts.close()
         if late:
@@ -384,6 +390,11 @@ class Service:
         self._ended.wait(timeout_secs)
         if self._fault is not None:
             raise self._fault
+
+
+def _check(name: str, fault: str | None, setting: str, now: float, heard: float | None) -> api.Check:
+    age = None if heard is None else round(now - heard, 3)
+    return api.Check(name, fault is None, fault or "ok", setting, age)
 
 
 def _end_server(server: Any, thread: threading.Thread) -> None:

@@ -90,6 +90,9 @@ PAGE_ROWS = 4096
 BLOOM_FALSE_POSITIVES = 0.01
 ZSTD_LEVEL = 1  # level 9 saves 8 % and takes 2.7 times as long
 EPOCHS_KEPT = 8
+REQUEST_TIMEOUT = (
+    "tss.request-timeout-secs"  # a catalog property of ours: it must be there before the first request
+)
 CONFLICT_ATTEMPTS_MAX = 20  # then the caller backs off and reports
 CONFLICT_WAIT_SECS = 0.05
 HOUR_MICROS = 3_600_000_000
@@ -132,6 +135,7 @@ class Sink:
         self._catalog: Catalog | None = None
         self._commit_lock = threading.Lock()
         self.fault: str | None = "not connected yet"
+        self.heard_secs: float | None = None
 
     # --- opening ---
 
@@ -386,7 +390,7 @@ class _Outside:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: Any) -> None:
         if fault is None or isinstance(fault, CommitFailedException | Fenced | ConfigError | GeneratorExit):
-            self._sink.fault = None
+            self._sink.fault, self._sink.heard_secs = None, time.monotonic()
             return
         detail = f"{self._what}: {type(fault).__name__}: {fault}"[:1000]
         if isinstance(fault, UnauthorizedError | ForbiddenError):
@@ -438,11 +442,11 @@ class _TimeoutAdapter(requests.adapters.HTTPAdapter):
 
 
 class _BoundedRestCatalog(_OwnS3RestCatalog):
-    """Every request ends within `tss.request-timeout-secs`."""
+    """Every request ends within REQUEST_TIMEOUT."""
 
     def _create_session(self) -> requests.Session:
         session: requests.Session = super()._create_session()
-        adapter = _TimeoutAdapter(float(self.properties["tss.request-timeout-secs"]))
+        adapter = _TimeoutAdapter(float(self.properties[REQUEST_TIMEOUT]))
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         return session
@@ -453,31 +457,13 @@ def _catalog(settings: config.Storage) -> Catalog:
         folder = Path(settings.local.path).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return SqlCatalog("tss", uri=f"sqlite:///{folder}/catalog.db", warehouse=f"file://{folder}/warehouse")
-    return _BoundedRestCatalog("tss", **rest_properties(settings))
+    return _BoundedRestCatalog("tss", **_rest_properties(settings))
 
 
-def rest_properties(settings: config.Storage) -> dict[str, str]:
-    """Catalog properties; None values are left out."""
-    iceberg = settings.iceberg
-    properties = {
-        "uri": iceberg.catalog_uri,
-        "warehouse": iceberg.warehouse,
-        "token": _secret(iceberg.catalog_token),
-        "header.x-project-id": iceberg.project_id,
-        # Without this Lakekeeper may answer with remote signing, which forces another FileIO and cannot delete.
-        "header.X-Iceberg-Access-Delegation": "client-managed",
-        "py-io-impl": "pyiceberg.io.pyarrow.PyArrowFileIO",
-        "s3.endpoint": iceberg.s3_endpoint,
-        "s3.access-key-id": iceberg.s3_access_key_id,
-        "s3.secret-access-key": _secret(iceberg.s3_secret_access_key),
-        "s3.session-token": _secret(iceberg.s3_session_token),
-        "s3.region": iceberg.s3_region,
-        "s3.force-virtual-addressing": str(not iceberg.s3_path_style).lower(),
-        "s3.connect-timeout": str(settings.request_timeout_secs),
-        "s3.request-timeout": str(settings.request_timeout_secs),
-        "tss.request-timeout-secs": str(settings.request_timeout_secs),
-    }
-    return {key: value for key, value in properties.items() if value is not None}
+def _rest_properties(settings: config.Storage) -> dict[str, str]:
+    timeout = str(settings.request_timeout_secs)
+    bounds = ("s3.connect-timeout", "s3.request-timeout", REQUEST_TIMEOUT)
+    return settings.iceberg.catalog_properties() | dict.fromkeys(bounds, timeout)
 
 
 def _secret(value: Any) -> str | None:

@@ -79,21 +79,8 @@ class Ends:
     high: dict[int, int]
 
 
-def client_settings(settings: config.Kafka) -> dict[str, Any]:
-    """What every client of these brokers needs."""
-    out: dict[str, Any] = {
-        "bootstrap.servers": settings.brokers,
-        "security.protocol": settings.security_protocol,
-        "sasl.mechanism": settings.sasl_mechanism,
-        "sasl.username": settings.sasl_username,
-        "sasl.password": settings.sasl_password and settings.sasl_password.get_secret_value(),
-        "ssl.ca.location": settings.ssl_ca_location,
-        "ssl.certificate.location": settings.ssl_certificate_location,
-        "ssl.key.location": settings.ssl_key_location,
-        "ssl.key.password": settings.ssl_key_password and settings.ssl_key_password.get_secret_value(),
-        "log_level": 2,  # at the default, an absent broker is a line every 50 ms; `error_cb` says it once
-    }
-    return {key: value for key, value in out.items() if value is not None}
+# At librdkafka's own level an absent broker is a line every 50 ms; `error_cb` says it once.
+QUIET = {"log_level": 2}
 
 
 class Source:
@@ -114,8 +101,9 @@ class Source:
         self.partition_count = 0
         self.reached: dict[int, int] = {}
         self.fault: str | None = "not heard of yet"
+        self.heard_secs: float | None = None
         self.commits: list[KafkaError | None] = []
-        common = client_settings(settings)
+        common: dict[str, Any] = settings.client_properties() | QUIET
         options = {
             "group.id": settings.consumer_group,
             "session.timeout.ms": settings.session_timeout_ms,
@@ -347,7 +335,7 @@ class Source:
             except KafkaException as fault:
                 self._note_fault(fault.args[0].str())
         if high:
-            self.fault = None
+            self._heard()
         return Ends(asked_ms, high)
 
     def refresh_partition_count(self, now_secs: float) -> None:
@@ -365,7 +353,7 @@ class Source:
             self._note_fault(f"topic {self._topic}: {topic.error.str()}; create it or set kafka.input_topic")
             return
         self.partition_count = len(topic.partitions)
-        self.fault = None
+        self._heard()
 
     # --- offsets and dead letters (step 4) ---
 
@@ -407,7 +395,8 @@ class Source:
             return []
         if self._producer is None:
             self._producer = Producer(
-                client_settings(self._settings)
+                self._settings.client_properties()
+                | QUIET
                 | {
                     "acks": "all",
                     "enable.idempotence": True,
@@ -451,6 +440,9 @@ class Source:
             log.error("Kafka refused us (%s): %s", _FATAL_FOR_CONFIG[error.code()], error.str())
         self._note_fault(error.str())
 
+    def _heard(self) -> None:
+        self.fault, self.heard_secs = None, time.monotonic()
+
     def _note_fault(self, text: str) -> None:
         if self.fault != text:
             self.fault = text
@@ -467,7 +459,7 @@ class Source:
 def lowest_commit(settings: config.Kafka) -> int | None:
     """The oldest `low` committed for any partition of the input topic; None when nothing was. For a restore."""
     try:
-        consumer = Consumer(client_settings(settings) | {"group.id": settings.consumer_group})
+        consumer = Consumer(settings.client_properties() | QUIET | {"group.id": settings.consumer_group})
         try:
             topic = consumer.list_topics(settings.input_topic, timeout=REQUEST_TIMEOUT_SECS)
             partitions = [

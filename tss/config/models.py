@@ -125,7 +125,7 @@ class Redis(Section):
     db: int | None = Field(None, ge=0, description="wins over the one in the URL")
     connection_timeout_secs: float = Field(5, gt=0, le=300, description="for connecting and for each answer")
     trace_ttl_secs: float = Field(
-        3600, ge=60, description="how long a verdict is remembered after it landed, for late spans"
+        3600, ge=1, description="how long a verdict is remembered after it landed, for late spans"
     )
     cluster_enabled: bool = Field(False, description="the URL names a node of a Redis Cluster")
     shards: int = Field(

@@ -1,0 +1,100 @@
+"""A thousand traces whose verdicts are known, torn apart on the way in."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+
+from tests.e2e.conftest import PARTITIONS, both
+from tests.e2e.parts import Parts, Worker, total, wait_for
+from tests.e2e.traces import Trace, make_trace, scattered
+
+SEED = 20261121
+REASONS = {"error": 100, "latency": 50, "force": 50}
+
+FORCE_RULE = {
+    "description": "everything of the service forced",
+    "duration_secs": 600,
+    "priority": 100,
+    "match": {"resource": [{"key": "service.name", "op": "eq", "value": "forced"}]},
+    "action": "force_keep",
+}
+
+
+def thousand(rng: random.Random, count: int = 1000) -> list[Trace]:
+    start_ns = time.time_ns() - 60 * 1_000_000_000
+    wanted = [reason for reason, share in REASONS.items() for _ in range(count * share // 1000)]
+    reasons: list[str | None] = [*wanted, *([None] * (count - len(wanted)))]
+    rng.shuffle(reasons)
+    return [make_trace(rng, start_ns, reason=reason, spans=rng.randint(2, 9)) for reason in reasons]
+
+
+def check_truth(worker: Worker, traces: list[Trace]) -> None:
+    """The table holds exactly the kept traces with exactly their spans; every trace has one decision."""
+    decided = worker.query("SELECT trace_id, kept, reason, span_count, trigger FROM decisions")
+    assert len(decided) == len(traces), Counter(Counter(d["trace_id"] for d in decided).values())
+    by_id = {row["trace_id"]: row for row in decided}
+    for trace in traces:
+        row = by_id[trace.id]
+        assert row["kept"] == (trace.reason is not None), (trace.reason, row)
+        assert row["reason"] == (trace.reason or "not_sampled"), (trace.reason, row)
+        assert row["span_count"] == len(trace.spans), row
+    rows = worker.query("SELECT trace_id, span_id FROM spans")
+    expected = Counter((t.id, s) for t in traces if t.reason for s in t.span_ids)
+    assert Counter((row["trace_id"], row["span_id"]) for row in rows) == expected
+
+
+def decided_all(workers: list[Worker], count: int) -> bool:
+    return total(workers, "tail_sampling_traces_ingested_total") >= count
+
+
+@both
+def test_a_thousand_scattered_traces_end_as_their_truth_says(parts: Parts) -> None:
+    """Error, slow and forced traces are kept whole and nothing else is, however their spans were scattered."""
+    rng = random.Random(SEED)
+    traces = thousand(rng)
+    worker = parts.worker(app__inactivity_timeout_secs=22).ready()
+    status, answer = worker.request("POST", "/admin/force-rules", FORCE_RULE)
+    assert status == 201, answer
+
+    base_ms = int(time.time() * 1000) - 60_000
+    parts.produce(scattered(rng, traces, base_ms, partitions=PARTITIONS, spread_ms=20_000))
+    wait_for(lambda: decided_all([worker], len(traces)), 60, lambda: worker.log[-2000:])
+    check_truth(worker, traces)
+
+
+@both
+def test_two_workers_share_the_work_and_their_metrics_agree_with_the_table(parts: Parts) -> None:
+    """Two workers of one group both read and both decide, and the sums of their metrics are what the tables hold."""
+    rng = random.Random(SEED + 1)
+    traces = thousand(rng, 400)
+    workers = [parts.worker(app__evaluation_workers=2, app__claim_max_traces=10) for _ in range(2)]
+    for worker in workers:
+        worker.ready()
+    workers[0].request("POST", "/admin/force-rules", FORCE_RULE)
+    wait_for(
+        lambda: all(w.metrics()["tail_sampling_kafka_partitions_assigned"] == 4 for w in workers),
+        60,
+        lambda: [w.log[-1500:] for w in workers],
+    )
+    base_ms = int(time.time() * 1000) - 4_000
+    parts.produce(scattered(rng, traces, base_ms, partitions=PARTITIONS, spread_ms=2_000))
+    wait_for(lambda: decided_all(workers, len(traces)), 60, lambda: [w.log[-2000:] for w in workers])
+    check_truth(workers[1], traces)
+
+    for worker in workers:
+        assert worker.metrics()["tail_sampling_records_consumed_total"] > 0
+        assert worker.metrics()["tail_sampling_traces_ingested_total"] > 0
+    sums = {
+        name: total(workers, f"tail_sampling_{name}")
+        for name in ("spans_ingested_total", "spans_exported_total", "spans_dropped_total", "spans_duplicate_total")
+    }
+    (row,) = workers[0].query("SELECT count(*) AS spans FROM spans")
+    assert sums["spans_exported_total"] == row["spans"]
+    assert sums["spans_ingested_total"] == sum(len(t.spans) for t in traces)
+    assert sums["spans_ingested_total"] == (
+        sums["spans_exported_total"] + sums["spans_dropped_total"] + sums["spans_duplicate_total"]
+    )
+    (decided,) = workers[0].query("SELECT count(*) AS decided FROM decisions WHERE kept")
+    assert total(workers, "tail_sampling_traces_sampled_total") == decided["decided"]
