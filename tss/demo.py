@@ -27,11 +27,10 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
 from tss import config, logs, shop
-from tss.embedded import EmbeddedKafka, EmbeddedRedis
 from tss.errors import ConfigError, TssError
+from tss.service import EMBEDDED_PARTITIONS as PARTITIONS
 from tss.service import Service
 
-PARTITIONS = 8
 TRACES_PER_SEC = 60.0
 SLOW_SECS = 1.0
 """What the demo calls slow. Twice that, the spread and the inactivity timeout are what a viewer waits for."""
@@ -41,7 +40,6 @@ INACTIVITY_SECS = 3.0
 """Longer than any pause within a trace here: at most half of SLOW_SECS more than it, and the spread."""
 
 BASE_RATE = 0.05
-GROUP = "tss-demo"
 
 UNREAD_RECORDS_MAX = 150
 """In a partition, where the embedded broker keeps 5 MiB: so many of the largest records are 3 MB."""
@@ -101,9 +99,6 @@ def _run(options: argparse.Namespace, folder: Path, opened: ExitStack) -> None:
     )
     logs.setup(settings, "demo", stream=log)
     print("Starting Kafka, Redis and a table, all inside this command ...", flush=True)
-    topic = config.Kafka().input_topic
-    kafka = opened.enter_context(EmbeddedKafka({topic: PARTITIONS, f"{topic}.dlq": 1}))
-    redis = opened.enter_context(EmbeddedRedis(folder / "redis"))
     service = Service(
         config.Config(
             app=config.App(
@@ -113,13 +108,11 @@ def _run(options: argparse.Namespace, folder: Path, opened: ExitStack) -> None:
                 shutdown_timeout_secs=5,
             ),
             kafka=config.Kafka(
-                brokers=kafka.brokers,
-                consumer_group=GROUP,
+                brokers=config.EMBEDDED,
                 auto_offset_reset="earliest",
-                session_timeout_ms=2000,
                 commit_interval_secs=0.5,
             ),
-            redis=config.Redis(url=redis.url),
+            redis=config.Redis(url=config.EMBEDDED),
             sampling=config.Sampling(latency_threshold_ms=SLOW_SECS * 1000, normal_sample_rate=BASE_RATE),
             storage=config.Storage(flush_interval_secs=1, local=config.Local(path=folder / "table")),
             observability=settings,
@@ -131,7 +124,7 @@ def _run(options: argparse.Namespace, folder: Path, opened: ExitStack) -> None:
     api.wait_until_ready()
 
     rng = random.Random(options.seed)
-    feed = Feed(kafka.brokers, topic)
+    feed = Feed(service.settings.kafka)
     truth: list[shop.Visit] = []
     customers = shop.visits(
         rng,
@@ -208,11 +201,14 @@ def _is_free(port: int) -> bool:
 class Feed:
     """Sends visits to the broker as they happen, and waits when the worker falls behind: the broker would forget."""
 
-    def __init__(self, brokers: str, topic: str) -> None:
-        self._topic = topic
+    def __init__(self, kafka: config.Kafka) -> None:
+        self._topic = kafka.input_topic
+        brokers = kafka.brokers
         self._producer = Producer({"bootstrap.servers": brokers, "linger.ms": 5, "log_level": 0})
         # Never subscribes: it only looks at what the worker's group has committed.
-        self._group = Consumer({"bootstrap.servers": brokers, "group.id": GROUP, "log_level": 0})
+        self._group = Consumer(
+            {"bootstrap.servers": brokers, "group.id": kafka.consumer_group, "log_level": 0}
+        )
         self._sent = [0] * PARTITIONS
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None

@@ -241,8 +241,8 @@ def _resource(service: str) -> Resource:
     )
 
 
-class _Fault(Exception):  # noqa: N818 - it stands for an error in the shop, not for one in this program
-    """Something broke in a service."""
+class _Fault(Exception):
+    """Something broke in a service of the shop."""
 
     def __init__(self, kind: str, message: str, grpc_status: int) -> None:
         super().__init__(message)

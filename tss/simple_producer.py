@@ -88,7 +88,7 @@ def make_trace(
     ).SerializeToString()
 
 
-class _Failed(Exception):  # noqa: N818 - the end of the command, with its reason
+class _Failed(Exception):
     """The message is for the user and names the option."""
 
 
