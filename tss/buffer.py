@@ -316,10 +316,10 @@ class Usage:
 
 
 def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
-    """Shard of each row of (n, 16) ids: both halves mixed, as ids may be random in either."""
+    """Shard of each row of (n, 16) ids, which may vary in any of their bytes: the product's high bits see them all."""
     halves = np.ascontiguousarray(trace_ids).view("<u8").reshape(-1, 2)
     mixed = (halves[:, 0] ^ (halves[:, 1] << np.uint64(1))) * np.uint64(0x9E3779B97F4A7C15)
-    rows: NDArray[np.int64] = ((mixed >> np.uint64(33)) % np.uint64(shards)).astype(np.int64)
+    rows: NDArray[np.int64] = ((mixed >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)).astype(np.int64)
     return rows
 
 
