@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.ports import free_port
@@ -14,6 +15,10 @@ from tests.stack import Part, Stack, install, redis_part
 
 STACK_VARIABLE = "TSS_TEST_STACK"
 STACK_WANTED = os.environ.get(STACK_VARIABLE) == "1"
+
+# A busy machine is no failure, so no deadline; a failure prints what repeats it anywhere.
+hypothesis.settings.register_profile("tss", deadline=None, print_blob=True, max_examples=60)
+hypothesis.settings.load_profile("tss")
 
 
 def pytest_report_header() -> str:

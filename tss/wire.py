@@ -2,18 +2,21 @@
 
 A record is a `TracesData`, a bare `ResourceSpans`, or either as JSON. "It parses" does not tell them apart: a
 `TracesData` parses as a `ResourceSpans` with no spans, and the other way round. What does: a top-level field 2
-(`scope_spans`) exists only in `ResourceSpans`, and JSON starts with `{`, which is no valid first tag.
+(`scope_spans`) exists only in `ResourceSpans`, and JSON starts with `{`, which is no valid first tag. Blanks before
+the brace need care: a newline is also the first tag of a `TracesData`, and `{` the length 123 after it.
 
 Nothing is re-encoded. Framing is read with messages whose inner parts are `bytes`, so a chunk is made of the
 original bytes of resource, scope and spans with new length prefixes around them. A repeated resource or scope is
-joined, which is what protobuf's merge rule means. Each span is parsed once with the official class, to read what a
-decision needs and to be sure that it can be decoded when it is written.
+joined, which is what protobuf's merge rule means. Every `ResourceSpans` is parsed once with the official class where
+it stands (text must be UTF-8, nesting is counted from the outermost message), so that whatever goes on can be decoded
+by anyone later. Where that fails, resource, scopes and spans are tried one by one and only the faulty are turned away.
 
 Pure: no clock, no I/O. Compiled kernels are to fill the same interface; this stays their oracle.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,9 +24,9 @@ from typing import Any
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status, TracesData
 
 from tss import otlp_json
 from tss.consistent import parse_ot_state, trace_randomness
@@ -42,7 +45,16 @@ from tss.model import (
 )
 from tss.rules import Attributes, RuleSet
 
+# Every trace's chunk gets a copy of its resource and scope, so a small record with a huge resource and thousands of
+# traces would swell to gigabytes. 10,000 traces with 5 kB each stay below; what exceeds it is turned away.
+COPIES_BYTES_MAX = 64 << 20  # of one record, whatever batch it comes in
+
+DETAIL_CHARS_MAX = 500
+
 _NO_ID = (bytes(TRACE_ID_BYTES), bytes(SPAN_ID_BYTES))
+
+# After blanks, only what JSON allows next makes the brace one: `}`, or a key, which has no control characters.
+_JSON = re.compile(rb'\{|[ \t\r\n]+\{[ \t\r\n]*(?:\}|"[^\x00-\x1f])')
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +143,17 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Refused:
-    """Spans of one record that are not taken in, framed as a `TracesData` of their own."""
+    """Spans of one record that are not taken in for the same reason, framed as a `TracesData` of their own."""
 
-    reason: str
     detail: str
     payload: list[bytes] = field(default_factory=list)
     spans: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    reason: str
+    detail: str
 
 
 def decode(records: Sequence[Record], rules: RuleSet) -> Decoded:
@@ -154,51 +171,69 @@ class _Batch:
         self.dead: list[DeadLetter] = []
         self.span_count = 0
         self.empty = 0
+        self._copied = 0
 
     def add(self, record: Record) -> None:
         if not record.value:
             self.empty += 1
             return
-        json_text = record.value.lstrip(b" \t\r\n").startswith(b"{")
+        json_text = _JSON.match(record.value) is not None
         try:
             value = otlp_json.to_protobuf(record.value) if json_text else record.value
             frames = [_read_frame(frame) for frame in _split(value)]
         except (DecodeError, ValueError) as fault:
             reason = "invalid_json" if json_text else "undecodable"
-            self.dead.append(DeadLetter(record, reason, str(fault)[:500], record.value, 0))
+            self.dead.append(DeadLetter(record, reason, str(fault)[:DETAIL_CHARS_MAX], record.value, 0))
             return
-        before = self.span_count
+        before, self._copied = self.span_count, 0
         refused: dict[str, _Refused] = {}
         for frame in frames:
             self._add_frame(record, frame, refused)
         if self.span_count == before:
             self.empty += 1
-        for part in refused.values():
-            left = record.value if json_text else b"".join(part.payload)
-            self.dead.append(DeadLetter(record, part.reason, part.detail, left, part.spans))
+        for reason, part in refused.items():
+            self.dead.append(DeadLetter(record, reason, part.detail, b"".join(part.payload), part.spans))
 
     def _add_frame(self, record: Record, frame: Frame, refused: dict[str, _Refused]) -> None:
-        fault = _resource_fault(frame)
+        sound = _fault("", frame, frame.scopes) is None  # then no part of it has to be tried alone
+        fault = None if sound else _fault("bad_resource", frame, ())
         attributes: Attributes = {}
         if self._rules.rules and not fault:
             attributes = _attributes(Resource.FromString(frame.resource).attributes)
-        taken: dict[bytes, list[Scope]] = {}
+        taken: dict[bytes, list[Scope]] = {}  # by trace
+        left: dict[str, list[Scope]] = {}  # by reason
         for scope in frame.scopes:
+            alone = (replace(scope, spans=()),)
+            scope_fault = fault or (None if sound else _fault("bad_scope", _NO_RESOURCE, alone))
             mine: dict[bytes, list[bytes]] = {}
+            turned_away: dict[str, list[bytes]] = {}
             for raw in scope.spans:
-                self.span_count += 1
-                span, why = (None, fault) if fault else _read_span(raw)
-                if span is None:
-                    part = refused.setdefault(why[0], _Refused(*why))
-                    part.payload.append(_frame_bytes(frame, [replace(scope, spans=[raw])]))
-                    part.spans += 1
+                span = scope_fault or _read_span(raw, sound=sound)
+                if isinstance(span, Span) and span.trace_id not in mine:
+                    span = self._copies_fault(frame, scope, first=span.trace_id not in taken) or span
+                if isinstance(span, _Fault):
+                    turned_away.setdefault(span.reason, []).append(raw)
+                    refused.setdefault(span.reason, _Refused(span.detail)).spans += 1
                     continue
                 self._summarise(record, span, attributes)
                 mine.setdefault(span.trace_id, []).append(raw)
             for trace_id, spans in mine.items():
                 taken.setdefault(trace_id, []).append(replace(scope, spans=spans))
+            for reason, spans in turned_away.items():
+                left.setdefault(reason, []).append(replace(scope, spans=spans))
+            self.span_count += len(scope.spans)
         for trace_id, scopes in taken.items():
             self._append(record, trace_id, _frame_bytes(frame, scopes), sum(len(s.spans) for s in scopes))
+        for reason, scopes in left.items():
+            refused[reason].payload.append(_frame_bytes(frame, scopes))
+
+    def _copies_fault(self, frame: Frame, scope: Scope, *, first: bool) -> _Fault | None:
+        """Counts the copies that one more trace of this scope needs; `first`: of this frame, too."""
+        self._copied += len(scope.scope) + len(scope.schema_url)
+        self._copied += len(frame.resource) + len(frame.schema_url) if first else 0
+        if self._copied <= COPIES_BYTES_MAX:
+            return None
+        return _Fault("too_many_copies", f"resources of its traces together exceed {COPIES_BYTES_MAX} bytes")
 
     def _summarise(self, record: Record, span: Span, resource: Attributes) -> None:
         chunk = self._open.get(span.trace_id)
@@ -278,8 +313,11 @@ class Frame:
     """One `ResourceSpans`, its parts as bytes."""
 
     resource: bytes
-    scopes: list[Scope]
+    scopes: Sequence[Scope]
     schema_url: bytes
+
+
+_NO_RESOURCE = Frame(b"", (), b"")
 
 
 def _read_frame(value: bytes) -> Frame:
@@ -302,29 +340,26 @@ def _frame_bytes(frame: Frame, scopes: Sequence[Scope]) -> bytes:
     return _delimited(1, _optional(1, frame.resource) + inner + _optional(3, frame.schema_url))
 
 
-def _resource_fault(frame: Frame) -> tuple[str, str] | None:
-    """Why no span of this frame can be decoded, if so."""
+def _fault(reason: str, frame: Frame, scopes: Sequence[Scope]) -> _Fault | None:
+    """`reason` with a detail where the official class cannot read these in their place."""
     try:
-        Resource.FromString(frame.resource)
-        frame.schema_url.decode()
-        for scope in frame.scopes:
-            InstrumentationScope.FromString(scope.scope)
-            scope.schema_url.decode()
-    except (DecodeError, UnicodeDecodeError) as fault:
-        return "bad_resource", str(fault)[:500]
+        TracesData.FromString(_frame_bytes(frame, scopes))
+    except DecodeError as fault:
+        return _Fault(reason, str(fault)[:DETAIL_CHARS_MAX])
     return None
 
 
-def _read_span(raw: bytes) -> tuple[Any, tuple[str, str]]:
-    try:
-        span = Span.FromString(raw)
-    except DecodeError as fault:
-        return None, ("bad_span", str(fault)[:500])
+def _read_span(raw: bytes, *, sound: bool) -> Any:
+    """The span, or why it cannot be taken in; `sound`: it is known to decode."""
+    fault = None if sound else _fault("bad_span", _NO_RESOURCE, (Scope(b"", (raw,), b""),))
+    if fault:
+        return fault
+    span = Span.FromString(raw)
     if len(span.trace_id) != TRACE_ID_BYTES or span.trace_id in _NO_ID:
-        return None, ("bad_trace_id", f"trace id {span.trace_id[:32].hex() or 'is empty'}")
+        return _Fault("bad_trace_id", f"trace id {span.trace_id[:32].hex() or 'is empty'}")
     if len(span.span_id) != SPAN_ID_BYTES or span.span_id in _NO_ID:
-        return None, ("bad_span_id", f"span id {span.span_id[:32].hex() or 'is empty'}")
-    return span, ("", "")
+        return _Fault("bad_span_id", f"span id {span.span_id[:32].hex() or 'is empty'}")
+    return span
 
 
 def _attributes(pairs: Sequence[KeyValue]) -> dict[str, Any]:
