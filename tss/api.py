@@ -102,7 +102,10 @@ def make_app(config: Config, rules: Rules, queries: Queries, status: Callable[[]
 
 
 async def serve(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
-    """Listen; the runner to clean up and the port that was taken, which tells what port 0 became."""
+    """Listen; the runner to clean up and the port that was taken, which tells what port 0 became.
+
+    The caller says that we listen, when its turn comes in the log of the start.
+    """
     runner = web.AppRunner(
         app,
         access_log=None,  # probes every few seconds would bury everything else
@@ -332,6 +335,7 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         response = _problem(500, "an error of the server's own; its log has the details")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "tss"
     return response
 
 

@@ -33,7 +33,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ logger = logging.getLogger("tss")
 
 @dataclass(frozen=True)
 class TableFiles:
-    """The data files of exactly one Iceberg snapshot; None and no paths for a table without one."""
+    """The data files of exactly one Iceberg snapshot; None and no paths for a table without one.
+
+    A file that is missing from the start is an error, one that goes while queries run is silently left out by
+    DataFusion: whoever deletes the files of old snapshots must let them be for longer than a query may take.
+    """
 
     snapshot_id: int | None
     schema: pa.Schema
@@ -223,8 +227,8 @@ class QueryEngine:
         try:
             answer = await child.ask(sql, tables)
         except asyncio.IncompleteReadError:
-            self._end(child)
             code = await child.process.wait()
+            self._end(child)
             if code not in (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV):
                 raise RuntimeError(f"the query process ended with code {code}") from None
             raise BadRequest(TOO_MUCH_MEMORY, status=422) from None
@@ -291,7 +295,9 @@ class _Child:
     async def end(self) -> None:
         """Kill it and remove what it spilled to disk."""
         if self.process.returncode is None:
-            self.process.kill()
+            # Not process.kill(): it looks for the exit code itself, and may take it from asyncio's watcher.
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
         if self.process.stdin:
             self.process.stdin.close()
         await self.process.wait()

@@ -34,7 +34,8 @@ from datafusion.object_store import AmazonS3
 from tss.query import FRAME, TOO_MUCH_MEMORY, Limits, Question, S3Access, TableFiles, Tables, traces_select
 
 SPILL_MAX_BYTES = 1 << 30  # a query that spills more would not end in time anyway
-ADDRESS_HEADROOM_BYTES = 2 << 30  # beyond the memory pool: decoded pages, allocator arenas, thread stacks
+ADDRESS_HEADROOM_BYTES = 2 << 30  # beyond the memory pool: decoded pages and rows, what expressions make
+ADDRESS_PER_CPU_BYTES = 64 << 20  # allocator arenas and thread stacks, which reserve more than they use
 NICE = 10  # queries take what the pipeline leaves
 ROWS_PER_CHUNK = 20  # between two looks at the size of the result
 DETAIL_MAX_CHARS = 500
@@ -408,7 +409,8 @@ def _confine(limits: Limits) -> None:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        most = taken + limits.memory_bytes + ADDRESS_HEADROOM_BYTES
+        per_cpu = ADDRESS_PER_CPU_BYTES * (os.cpu_count() or 1)
+        most = taken + limits.memory_bytes + ADDRESS_HEADROOM_BYTES + per_cpu
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
