@@ -15,9 +15,8 @@ from typing import Any
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status, TracesData
 
-NESTING_MAX = (
-    32  # AnyValue may nest; protobuf parsers stop at 100 messages, two for each level and some around
-)
+# Of AnyValue: protobuf parsers stop at 100 messages in each other, up to three for each level and some around.
+NESTING_MAX = 32
 
 Object = dict[str, Any]
 
@@ -111,13 +110,15 @@ def _any_value(source: Object, depth: int) -> AnyValue:
     if depth == 0:
         raise ValueError(f"attribute values nest deeper than {NESTING_MAX}")
     for key, value in source.items():
+        if value is None:  # as good as absent
+            continue
         match _camel(key):
             case "stringValue":
                 return AnyValue(string_value=value)
             case "boolValue":
                 return AnyValue(bool_value=value)
             case "intValue":
-                return AnyValue(int_value=int(value))
+                return AnyValue(int_value=_whole(value))
             case "doubleValue":
                 return AnyValue(double_value=float(value))
             case "bytesValue":
@@ -185,7 +186,14 @@ def _text(source: Object, key: str) -> str:
 
 def _integer(source: Object, key: str) -> int:
     value = _get(source, key)
-    return 0 if value is None else int(value)
+    return 0 if value is None else _whole(value)
+
+
+def _whole(value: Any) -> int:
+    """A number or a decimal string; what is no whole number is refused rather than rounded."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
 
 
 def _id(source: Object, key: str) -> bytes:
@@ -200,5 +208,5 @@ def _enum(source: Object, key: str, by_name: Callable[[str], int], prefix: str) 
     if value is None:
         return 0
     if isinstance(value, str) and not value.lstrip("-").isdigit():
-        return by_name(value if value.startswith(prefix) else prefix + value.upper())
-    return int(value)
+        return by_name(prefix + value.upper().removeprefix(prefix))
+    return _whole(value)
