@@ -39,8 +39,7 @@ from numpy.typing import NDArray
 from redis import crc
 from redis.backoff import NoBackoff
 from redis.connection import ConnectionPool
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import AuthenticationError, MovedError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
 from tss import config
@@ -53,9 +52,7 @@ Command = tuple[Any, ...]
 
 LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for a busy disk
 WAITAOF_TIMEOUT_MS = 10_000
-SEND_BYTES_MAX = (
-    2 << 20
-)  # a larger request is sent in pieces, so that the server can answer others in between
+SEND_BYTES_MAX = 2 << 20  # a larger request goes in pieces: the server can answer others in between
 ID_BYTES = 16
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
@@ -74,6 +71,9 @@ class Script:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
+# A script that empties memory must run when memory is full; it also makes every key's shard tag count.
+_FULL_MEMORY = "#!lua flags=allow-oom"
+
 _GUARD = """
 if not redis.call('ZSCORE', tag .. 'live', ARGV[2]) then return {'fenced', 'lease'} end
 if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} end
@@ -81,7 +81,8 @@ if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} 
 
 # Step 7. The clock is read in the script: a claim between two readers' batches must see both or neither.
 CLAIM = Script(
-    """
+    _FULL_MEMORY
+    + """
 local tag = ARGV[1]
 """
     + _GUARD
@@ -148,7 +149,7 @@ if clock >= 0 then
   if #taken < 2 * limit then
     for _, id in ipairs(redis.call('ZRANGE', tag .. 'born', '-inf', clock - duration, 'BYSCORE', 'LIMIT', 0, scanned)) do
       if #taken >= 2 * limit then break end
-      if redis.call('ZSCORE', tag .. 'seen', id) then take(id, 2) end
+      if redis.call('EXISTS', tag .. 'x:' .. id) == 0 then take(id, 2) end
     end
   end
 end
@@ -162,7 +163,8 @@ return {'ok', clock, table.concat(waiting, ','), table.concat(stalled, ','), due
 
 # Step 9. The first verdict wins; a dropped trace may turn to kept only where something of it landed before.
 RECORD = Script(
-    """
+    _FULL_MEMORY
+    + """
 local tag = ARGV[1]
 """
     + _GUARD
@@ -192,7 +194,7 @@ return {'ok', out}
 
 # Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed".
 RELEASE = Script(
-    f"""
+    f"""{_FULL_MEMORY}
 local tag = ARGV[1]
 {_GUARD}
 local claim, name, ttl, facts = ARGV[4], ARGV[5], ARGV[6], {FACTS.itemsize}
@@ -224,7 +226,8 @@ return {{'ok', released}}
 
 # While a sequence waits for the table: what was dropped need not be kept in memory. Fields stay, for the release.
 FREE = Script(
-    """
+    _FULL_MEMORY
+    + """
 local tag = ARGV[1]
 """
     + _GUARD
@@ -243,7 +246,8 @@ return {'ok', freed}
 
 # A lease is extended only for writers that still have one: a lost entry fences.
 RENEW = Script(
-    """
+    _FULL_MEMORY
+    + """
 local tag, lease = ARGV[1], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local expiry, lost = time[1] * 1000 + math.floor(time[2] / 1000) + lease, {}
@@ -258,9 +262,10 @@ return lost
 """
 )
 
-# Steps 6: a fresh id enters with a lease; refused when the epoch is not the one its tables agreed on.
+# Step 6: a fresh id enters with a lease; refused when the epoch is not the one its tables agreed on.
 ENROLL = Script(
-    """
+    _FULL_MEMORY
+    + """
 local tag = ARGV[1]
 if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} end
 local time = redis.call('TIME')
@@ -329,23 +334,38 @@ def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
 class Link:
     """One connection to one run of one server. Any fault ends it; it never reconnects."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, answer_secs: float) -> None:
         self._connection = connection
+        self._answer_secs = answer_secs
+        self._lost: str | None = None
         try:
             connection.connect()
-            info = self.info("server")
         except (AuthenticationError, ResponseError) as fault:
-            connection.disconnect()
-            raise ConfigError(f"redis.url / redis.password: the server refused us: {fault}") from fault
+            raise self._refused(fault) from fault
         except (RedisError, OSError) as fault:
-            connection.disconnect()
-            raise LinkLost(str(fault)) from fault
-        self.run_id = info["run_id"]
-        replies = self.send([("SCRIPT", "LOAD", script.text) for script in SCRIPTS])
-        _raise_first(replies)
+            raise self._ended(fault) from fault
+        about, *replies = self.send([("INFO", "server"), *(("SCRIPT", "LOAD", s.text) for s in SCRIPTS)])
+        for reply in (about, *replies):
+            if isinstance(reply, Exception):
+                raise self._refused(reply) from reply
+        self.run_id = _fields(about)["run_id"]
 
-    def send(self, commands: Sequence[Command]) -> list[Any]:
-        """One round trip; error replies come back as values. Raises LinkLost when any answer is missing."""
+    def _refused(self, fault: Exception) -> ConfigError:
+        self.close()
+        return ConfigError(f"redis.url / redis.password: the server refused us: {fault}")
+
+    def _ended(self, fault: Exception) -> LinkLost:
+        self.close()
+        self._lost = f"{type(fault).__name__}: {fault}"
+        return LinkLost(self._lost)
+
+    def send(self, commands: Sequence[Command], *, wait_secs: float = 0) -> list[Any]:
+        """One round trip; error replies come back as values. Raises LinkLost when any answer is missing.
+
+        `wait_secs` is how long the server is asked to wait before it answers.
+        """
+        if self._lost is not None:  # redis-py would connect again
+            raise LinkLost(self._lost)
         try:
             packed: list[bytes] = []
             size = 0
@@ -357,42 +377,47 @@ class Link:
                     packed, size = [], 0
             if packed:
                 self._connection.send_packed_command(packed, check_health=False)
-            return [self._answer() for _ in commands]
+            return [self._answer(self._answer_secs + wait_secs) for _ in commands]
         except (RedisError, OSError) as fault:
-            self.close()
-            raise LinkLost(f"{type(fault).__name__}: {fault}") from fault
+            raise self._ended(fault) from fault
 
-    def _answer(self) -> Any:
+    def _answer(self, timeout_secs: float) -> Any:
         try:
-            return self._connection.read_response(disconnect_on_error=False)
-        except RedisConnectionError:
-            raise
-        except ResponseError as error:
+            return self._connection.read_response(disconnect_on_error=False, timeout=timeout_secs)
+        except (ResponseError, AuthenticationError) as error:
             return error
 
-    def call(self, *command: Any) -> Any:
-        (reply,) = self.send([command])
-        if isinstance(reply, Exception):
-            raise reply
+    def call(self, *command: Any, wait_secs: float = 0) -> Any:
+        """Raises Unavailable when the answer is an error."""
+        (reply,) = self.send([command], wait_secs=wait_secs)
+        _raise_first([reply])
         return reply
 
     def info(self, section: str) -> dict[str, str]:
-        text: bytes = self.call("INFO", section)
-        lines = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
-        return {key: value for key, _, value in lines}
+        return _fields(self.call("INFO", section))
 
     def now_ms(self) -> int:
         seconds, micros = self.call("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
     def close(self) -> None:
+        self._lost = self._lost or "the connection was closed"
         self._connection.disconnect()
 
 
+def _fields(info: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in info.decode().splitlines() if ":" in line)
+    return {key: value for key, _, value in lines}
+
+
 def _raise_first(replies: Iterable[Any]) -> None:
+    """Raises what the first error among them means to the caller."""
     for reply in replies:
+        if isinstance(reply, OutOfMemoryError):
+            raise Unavailable("Redis", "redis.max_memory_bytes", f"it refused a write: {reply}") from reply
         if isinstance(reply, Exception):
-            raise reply
+            # Moved to another node, demoted to a replica, scripts flushed: only a new connection can tell.
+            raise LinkLost(f"the server refused a command: {reply}") from reply
 
 
 # --- the buffer --------------------------------------------------------------------------------------------------
@@ -420,7 +445,13 @@ class Buffer:
             link.close()
 
     def _all(self, commands: Mapping[int, list[Command]]) -> dict[int, list[Any]]:
-        """Commands by shard, one round trip a node; replies by shard in the same order."""
+        """Commands by shard, one round trip a node; replies by shard in the same order, none of them an error."""
+        replies = self._replies(commands)
+        for answers in replies.values():
+            _raise_first(answers)
+        return replies
+
+    def _replies(self, commands: Mapping[int, list[Command]]) -> dict[int, list[Any]]:
         replies: dict[int, list[Any]] = {}
         for at, link in enumerate(self._links):
             mine = [shard for shard in commands if self._home[shard] == at]
@@ -439,8 +470,6 @@ class Buffer:
         }
         out = {}
         for shard, (reply,) in self._all(commands).items():
-            if isinstance(reply, Exception):
-                raise reply
             if reply and reply[0] == b"fenced":
                 raise Fenced(f"shard {shard} refused the writer: its {reply[1].decode()} is gone")
             out[shard] = reply
@@ -477,7 +506,10 @@ class Buffer:
         """Step 10: what this connection wrote is on disk, as far as the server's settings allow, and it still runs."""
         timed = not all(p.waits for p in self.persistence)
         for link, persistence in zip(self._links, self.persistence, strict=True):
-            if persistence.waits and link.call("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)[0] < 1:
+            if not persistence.waits:
+                continue
+            synced, _ = link.call("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS, wait_secs=WAITAOF_TIMEOUT_MS / 1000)
+            if not synced:
                 raise Unavailable("Redis", "redis.url", f"no fsync of the AOF within {WAITAOF_TIMEOUT_MS} ms")
         if timed:
             time.sleep(LAG_SECS)
@@ -502,13 +534,12 @@ class Buffer:
             if rows or entries
         }
         repeated = 0
-        for shard, replies in self._all(commands).items():
+        refusals: list[Any] = []
+        for shard, replies in self._replies(commands).items():
             result = replies[-1]
             if isinstance(result, Exception):
-                refused = next(r for r in replies if isinstance(r, Exception))
-                raise Unavailable(
-                    "Redis", "redis.max_memory_bytes", f"it refused a write: {refused}"
-                ) from result
+                refusals += replies
+                continue
             again = sum(
                 int(chunks.facts["spans"][row])
                 for row, new in zip(rows_of[shard], result, strict=False)
@@ -516,6 +547,7 @@ class Buffer:
             )
             self._repeated[shard] = again
             repeated += again
+        _raise_first(refusals)
         return repeated
 
     def _transaction(
@@ -548,7 +580,6 @@ class Buffer:
         if entries:
             commands.append(("HSET", tag + b"clock", *entries))
         commands.append(("EXEC",))
-        self._repeated[shard] = 0
         return commands
 
     # --- writers (steps 6, 14, 16) ---
@@ -633,7 +664,6 @@ class Buffer:
         }
         out = []
         for (pairs,) in self._all(commands).values():
-            _raise_first([pairs])
             out += [(pairs[i], Trigger(int(pairs[i + 1]))) for i in range(0, len(pairs), 2)]
         return out
 
@@ -658,9 +688,7 @@ class Buffer:
         for shard, trace_id in zip(shards, trace_ids, strict=True):
             by_shard.setdefault(shard, []).append(command(_tag(shard), trace_id))
         replies = {shard: iter(answers) for shard, answers in self._all(by_shard).items()}
-        out = [next(replies[shard]) for shard in shards]
-        _raise_first(out)
-        return out
+        return [next(replies[shard]) for shard in shards]
 
     def _shards_of(self, trace_ids: Sequence[bytes]) -> list[int]:
         table = np.frombuffer(b"".join(trace_ids), np.uint8).reshape(-1, ID_BYTES)
@@ -724,9 +752,8 @@ class Buffer:
     def propose_epoch(self, epoch: str) -> str:
         """The fleet agrees on one fresh epoch: the first to propose wins. The proposal expires if nobody ends it."""
         key = _tag(0) + b"next-epoch"
-        self._links[self._home[0]].call("SET", key, epoch, "NX", "EX", 600)
-        agreed: bytes = self._links[self._home[0]].call("GET", key)
-        return agreed.decode()
+        before: bytes | None = self._links[self._home[0]].call("SET", key, epoch, "NX", "GET", "EX", 600)
+        return before.decode() if before else epoch
 
     def forget_epoch(self, proposed: str) -> None:
         """Nobody may write and no clock counts until the new epoch is set. Raises LinkLost without the proposal."""
@@ -746,8 +773,7 @@ class Buffer:
             if origins is not None:
                 mine.append(("HSET", key, b"r" + origins, ""))
             mine.append(("PEXPIRE", key, int(ttl_secs * 1000)))
-        for replies in self._all(commands).values():
-            _raise_first(replies)
+        self._all(commands)
 
     def set_epoch(self, epoch: str) -> bool:
         """Sets it on every shard, if the proposal still stands."""
@@ -821,15 +847,17 @@ def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
     """Links, and for each shard which link is its home."""
     first = _link(settings, {})
     if not settings.cluster_enabled:
+        looks = first.send([("EXISTS", _tag(shard) + b"epoch") for shard in range(settings.shards)])
+        if any(isinstance(look, MovedError) for look in looks):
+            first.close()
+            raise ConfigError("redis.url is a node of a cluster. Set TSS__REDIS__CLUSTER_ENABLED=true")
         return [first], [0] * settings.shards
-    try:
-        ranges = first.call("CLUSTER", "SLOTS")
-    except ResponseError as fault:
+    (ranges,) = first.send([("CLUSTER", "SLOTS")])
+    first.close()
+    if isinstance(ranges, Exception):
         raise ConfigError(
-            f"redis.cluster_enabled=true, but the server says: {fault}. Set TSS__REDIS__CLUSTER_ENABLED=false"
-        ) from fault
-    finally:
-        first.close()
+            f"redis.cluster_enabled=true, but the server says: {ranges}. Set TSS__REDIS__CLUSTER_ENABLED=false"
+        )
     links: dict[tuple[str, int], Link] = {}
     homes = []
     for shard in range(settings.shards):
@@ -846,18 +874,27 @@ def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
 def _link(settings: config.Redis, override: Mapping[str, Any]) -> Link:
     timeout = settings.connection_timeout_secs
     options: dict[str, Any] = {
-        "socket_timeout": timeout + WAITAOF_TIMEOUT_MS / 1000,
+        "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
+        **override,
     }
-    try:
-        pool = ConnectionPool.from_url(settings.url, **options)
-    except ValueError as fault:
-        raise ConfigError(f"redis.url: {fault}") from fault
     if settings.db is not None:
-        pool.connection_kwargs["db"] = settings.db
+        options["db"] = settings.db
     if settings.password is not None:
-        pool.connection_kwargs["password"] = settings.password.get_secret_value()
-    pool.connection_kwargs.update(override)
-    return Link(pool.make_connection())
+        options["password"] = settings.password.get_secret_value()
+    try:
+        pool = ConnectionPool.from_url(settings.url)
+    except ValueError:
+        raise ConfigError(
+            f"redis.url is {_without_secrets(settings.url)!r}, which is no address of a Redis: write "
+            "redis://host:port/db, rediss://… or unix:///path, with / : @ in a password percent-encoded"
+        ) from None
+    pool.connection_kwargs.update(options)  # what the URL says comes second
+    return Link(pool.make_connection(), timeout)
+
+
+def _without_secrets(url: str) -> str:
+    scheme, _, rest = url.partition("?")[0].rpartition("://")
+    return f"{scheme}://…@{rest.rpartition('@')[2]}" if "@" in rest else url.partition("?")[0]
