@@ -32,7 +32,10 @@ class Trace:
 def make_trace(
     rng: random.Random, start_ns: int, *, reason: str | None = None, service: str = "shop", spans: int = 5
 ) -> Trace:
-    """One whose verdict is known: `error` has a failed span, `latency` lasts 6 s, `force` is of service `forced`."""
+    """One whose verdict is known: `error` has a failed span, `latency` lasts 6 s, `force` is of service `forced`.
+
+    Of `all errors` every part is kept, even where it is judged in two halves.
+    """
     trace_id = rng.randbytes(16)
     length = SLOW_NS if reason == "latency" else NS // 10
     out: list[Span] = []
@@ -47,8 +50,7 @@ def make_trace(
             end_time_unix_nano=start_ns + (length if index == 0 else length // 2),
         )
         out.append(span)
-    if reason == "error":
-        failed = rng.choice(out)
+    for failed in out if reason == "all errors" else [rng.choice(out)] if reason == "error" else []:
         failed.status.code = Status.STATUS_CODE_ERROR
         failed.status.message = "broken"
     return Trace(tuple(out), "forced" if reason == "force" else service, reason)
