@@ -454,6 +454,14 @@ def test_origins_follow_the_payload() -> None:
     assert origins(batch, 2) == [Origin(0, 5, 1), Origin(2, 2, 1)]
 
 
+def test_a_record_that_is_twice_in_a_batch_counts_once() -> None:
+    """A rebalance in the middle of a poll can hand out a record again."""
+    one, other = record(span(1, 1), span(2, 2, span_id=b"")), record(span(1, 3), offset=1)
+    batch = decoded(one, other, one)
+    assert (batch.spans, accepted(batch), refusals(batch)) == (3, 2, {"bad_span_id": 1})
+    assert origins(batch) == [Origin(0, 0, 1), Origin(0, 1, 1)]
+
+
 # --- laws --------------------------------------------------------------------------------------------------------
 
 ids = st.integers(1, 4)

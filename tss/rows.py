@@ -23,7 +23,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tss.consistent import adjusted_count, parse_ot_state
-from tss.model import FACTS, SPAN_ID_BYTES, Verdict, decode_origins, format_records
+from tss.model import FACTS, SPAN_ID_BYTES, TRACE_ID_BYTES, Verdict, decode_origins, format_records
 from tss.wire import any_value, resource_frames
 
 ATTRIBUTES_MAX = 1024  # a map; more are counted in the dropped count. SDKs stop at 128 by default
@@ -160,7 +160,7 @@ def cut(chunks: Mapping[bytes, bytes], coverage: AbstractSet[tuple[int, int]]) -
     seen = set(coverage)
     payloads: list[tuple[bytes, list[bool] | None]] = []
     spans = duplicates = 0
-    for name in sorted(chunks):  # fields begin with their log time
+    for name in sorted(chunks):  # any order would do; a stable one makes every attempt write the same
         take: list[bool] = []
         for origin in decode_origins(name[FACTS.itemsize :]):
             record = (origin.partition, origin.offset)
@@ -250,9 +250,10 @@ def _span_row(
     verdict, decided_at, late = decided
     attributes, dropped = _strings(span.attributes)
     by_key = dict(attributes)
-    for event in span.events:
-        if event.name == "exception":
-            by_key.setdefault("exception.type", dict(_strings(event.attributes)[0]).get("exception.type", ""))
+    for event in span.events[:EVENTS_MAX]:
+        for pair in event.attributes if event.name == "exception" else ():
+            if pair.key == "exception.type":
+                by_key.setdefault(pair.key, _text(pair.value))
     events = [_event_row(event) for event in span.events[:EVENTS_MAX]]
     links = [_link_row(link) for link in span.links[:EVENTS_MAX]]
     start, end = span.start_time_unix_nano, span.end_time_unix_nano
@@ -312,7 +313,7 @@ def _event_row(event: Span.Event) -> dict[str, Any]:
 
 def _link_row(link: Span.Link) -> dict[str, Any]:
     return {
-        "trace_id": link.trace_id.hex(),
+        "trace_id": link.trace_id[:TRACE_ID_BYTES].hex(),
         "span_id": link.span_id[:SPAN_ID_BYTES].hex(),
         "trace_state": link.trace_state or None,
         "attributes": _strings(link.attributes)[0],

@@ -157,9 +157,9 @@ class _Fault:
 
 
 def decode(records: Sequence[Record], rules: RuleSet) -> Decoded:
-    """Facts and chunks of a batch. Nothing in a record can make this raise."""
+    """Facts and chunks of a batch. Nothing in a record can make this raise; one that is there twice counts once."""
     batch = _Batch(rules)
-    for record in records:
+    for record in {(r.partition, r.offset): r for r in records}.values():
         batch.add(record)
     return Decoded(batch.chunks(), batch.dead, batch.span_count, batch.empty)
 
