@@ -29,8 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +42,14 @@ from redis.exceptions import AuthenticationError, MovedError, OutOfMemoryError, 
 from redis.retry import Retry
 
 from tss import config
+from tss.clock import SYSTEM, Clock
 from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
 from tss.model import FACTS, ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
 
 log = logging.getLogger("tss")
 
 Command = tuple[Any, ...]
+Node = tuple[str, int]
 
 LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for a busy disk
 WAITAOF_TIMEOUT_MS = 10_000
@@ -430,10 +431,16 @@ class Buffer:
     memory; then nothing of that shard's transaction was applied.
     """
 
-    def __init__(self, settings: config.Redis) -> None:
-        """Step 1: connects, and reads the run of every node and the epoch."""
+    def __init__(
+        self,
+        settings: config.Redis,
+        clock: Clock = SYSTEM,
+        link: Callable[[config.Redis, Node | None], Link] | None = None,
+    ) -> None:
+        """Step 1: connects, and reads the run of every node and the epoch. `link` replaces how one connects."""
         self._shards = settings.shards
-        self._links, self._home = _connect(settings)
+        self._clock = clock
+        self._links, self._home = _connect(settings, link or open_link)
         self.epoch = self.read_epoch()
         self._since_ms = max(link.now_ms() for link in self._links)
         self.persistence = [_persistence(link) for link in self._links]
@@ -512,7 +519,7 @@ class Buffer:
             if not synced:
                 raise Unavailable("Redis", "redis.url", f"no fsync of the AOF within {WAITAOF_TIMEOUT_MS} ms")
         if timed:
-            time.sleep(LAG_SECS)
+            self._clock.sleep(LAG_SECS)
         self.confirm()
 
     # --- ingest (step 3) ---
@@ -843,9 +850,11 @@ def _server_budget(link: Link) -> int:
     return int(int(memory.get("total_system_memory", 0) or 8 << 30) * MEMORY_SHARE_OF_SYSTEM)
 
 
-def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
+def _connect(
+    settings: config.Redis, link: Callable[[config.Redis, Node | None], Link]
+) -> tuple[list[Link], list[int]]:
     """Links, and for each shard which link is its home."""
-    first = _link(settings, {})
+    first = link(settings, None)
     if not settings.cluster_enabled:
         looks = first.send([("EXISTS", _tag(shard) + b"epoch") for shard in range(settings.shards)])
         if any(isinstance(look, MovedError) for look in looks):
@@ -858,7 +867,7 @@ def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
         raise ConfigError(
             f"redis.cluster_enabled=true, but the server says: {ranges}. Set TSS__REDIS__CLUSTER_ENABLED=false"
         )
-    links: dict[tuple[str, int], Link] = {}
+    links: dict[Node, Link] = {}
     homes = []
     for shard in range(settings.shards):
         slot = crc.key_slot(_tag(shard))
@@ -866,20 +875,22 @@ def _connect(settings: config.Redis) -> tuple[list[Link], list[int]]:
         if not nodes:
             raise LinkLost(f"no node of the cluster serves slot {slot} of shard {shard}")
         if nodes[0] not in links:
-            links[nodes[0]] = _link(settings, {"host": nodes[0][0], "port": nodes[0][1]})
+            links[nodes[0]] = link(settings, nodes[0])
         homes.append(list(links).index(nodes[0]))
     return list(links.values()), homes
 
 
-def _link(settings: config.Redis, override: Mapping[str, Any]) -> Link:
+def open_link(settings: config.Redis, node: Node | None) -> Link:
+    """A connection to the server that the settings name, or to one node of its cluster."""
     timeout = settings.connection_timeout_secs
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
-        **override,
     }
+    if node is not None:
+        options["host"], options["port"] = node
     if settings.db is not None:
         options["db"] = settings.db
     if settings.password is not None:

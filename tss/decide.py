@@ -16,23 +16,25 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Protocol
 
 import pyarrow as pa
 
 from tss import config, restore
 from tss.buffer import Buffer, Recorded, Timers
+from tss.clock import Clock
 from tss.errors import Fenced, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics
 from tss.model import NO_START, Claimed, Now, Trigger, Verdict
 from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
 from tss.rules import RuleSet
-from tss.sink import Kind, Sink, Upload
+from tss.sink import Kind, Upload
 from tss.wire import payload_mask
 
 log = logging.getLogger("tss")
@@ -40,7 +42,13 @@ log = logging.getLogger("tss")
 RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
 SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flushed, for its memory's sake
 
-_restoring = threading.Lock()  # of this process; across processes a restore may run twice and still ends well
+
+class Tables(restore.Memory, Protocol):
+    """Where decisions and spans land: `sink.Sink`."""
+
+    def upload(self, kind: Kind, rows: pa.Table) -> Upload: ...
+
+    def commit(self, upload: Upload, writer: str, sequence: int, epoch: str) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -66,13 +74,15 @@ class Writer:
         settings: config.Config,
         *,
         connect: Callable[[], Buffer],
-        sink: Sink,
+        sink: Tables,
         rules: Callable[[], RuleSet],
         partitions: Callable[[], int],
         relief: Callable[[], int],
         low: Callable[[], int | None],
         metrics: Metrics,
+        clock: Clock,
         stop: threading.Event,
+        restoring: AbstractContextManager[object],
     ) -> None:
         app, sampling = settings.app, settings.sampling
         self.name = name
@@ -84,7 +94,9 @@ class Writer:
         self._relief = relief
         self._low = low
         self._metrics = metrics
+        self._clock = clock
         self._stop = stop
+        self._restoring = restoring  # one restore at a time in a process; across processes two end well, too
         self._timers = Timers(
             inactivity_ms=int(app.inactivity_timeout_secs * 1000),
             root_wait_ms=None if app.root_wait_secs is None else int(app.root_wait_secs * 1000),
@@ -164,7 +176,7 @@ class Writer:
         if self._buffer is not None and self.id is not None:
             return self._buffer
         self._buffer = self._connect()
-        with _restoring:
+        with self._restoring:
             self._buffer.epoch = self._buffer.read_epoch()
             if not restore.is_current(self._buffer, self._sink):
                 restore.restore(self._buffer, self._sink, self._low(), self._settings.redis.trace_ttl_secs)
@@ -214,7 +226,7 @@ class Writer:
         rules = self._rules()
         summary = summarise(traces, rules)
         masks = self._fresh_masks(buffer, traces, summary, rules)
-        active = rules.active(from_millis(Now.read().wall_ms))
+        active = rules.active(from_millis(self._clock.now().wall_ms))
         candidates = judge(traces, summary, self._policies, rules, active, masks)
         recorded = buffer.record(
             self.id,
@@ -291,14 +303,14 @@ class Writer:
     def _finish(self, buffer: Buffer, sequence: OpenSequence) -> None:
         assert self.id is not None
         epoch = buffer.epoch or ""
-        started = time.monotonic()
+        started = self._clock.now().mono_secs
         buffer.wait_durable()  # step 10
-        decided_at = from_millis(Now.read().wall_ms)
+        decided_at = from_millis(self._clock.now().wall_ms)
         repeated = self._land(buffer, sequence, epoch, decided_at)
         released = buffer.release(  # step 13
             self.id, sequence.owner, sequence.number, sequence.traces, self._settings.redis.trace_ttl_secs
         )
-        self._metrics.flush_seconds.observe(time.monotonic() - started)
+        self._metrics.flush_seconds.observe(self._clock.now().mono_secs - started)
         self._count(sequence, repeated)
         log.info(
             "Decided %d traces, kept %d",
@@ -337,14 +349,14 @@ class Writer:
                     log.warning("An open sequence waits: %s", fault, extra={"traces": len(sequence.traces)})
                     buffer.free(self.id, sequence.owner, sequence.number, sequence.dropped)
                 self.fault = str(fault)
-                if self._stop.wait(RETRY_SECS[min(attempt, len(RETRY_SECS) - 1)]):
+                if self._clock.wait(self._stop, RETRY_SECS[min(attempt, len(RETRY_SECS) - 1)]):
                     raise
         self.fault = None
         return repeated
 
     def _count(self, sequence: OpenSequence, repeated: int) -> None:
         metrics = self._metrics
-        now_ms = Now.read().wall_ms
+        now_ms = self._clock.now().wall_ms
         for decision in sequence.decisions:
             verdict = decision.verdict
             metrics.decisions.labels(verdict.trigger.label).inc()

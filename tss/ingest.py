@@ -17,16 +17,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
+
+from confluent_kafka import KafkaError
 
 from tss import config
 from tss.buffer import LAG_SECS, Buffer, Usage
+from tss.clock import Clock
 from tss.errors import LinkLost, Unavailable
 from tss.metrics import Metrics
-from tss.model import Now, Record
+from tss.model import DeadLetter, Now, Record
 from tss.rules import RuleSet
-from tss.source import Ends, Source
+from tss.source import Ends
 from tss.wire import decode
 
 log = logging.getLogger("tss")
@@ -46,6 +50,31 @@ class Acknowledged:
     positions: dict[int, int]
 
 
+class Records(Protocol):
+    """Where records come from and offsets go: `source.Source`, whose docstrings are the contract."""
+
+    partition_count: int
+    fault: str | None
+    heard_secs: float | None
+    reached: dict[int, int]
+    commits: list[KafkaError | None]
+
+    @property
+    def paused(self) -> bool: ...
+    @property
+    def assigned(self) -> frozenset[int]: ...
+    def begin(self, epoch: str) -> None: ...
+    def poll(self, timeout_secs: float) -> list[Record]: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def ask_ends(self, now_ms: int) -> None: ...
+    def ends(self) -> Ends | None: ...
+    def refresh_partition_count(self, now_secs: float) -> None: ...
+    def dead_letter(self, letters: Sequence[DeadLetter]) -> None: ...
+    def commit(self, positions: Mapping[int, int], epoch: str, low_ms: int, *, wait: bool) -> None: ...
+    def close(self) -> None: ...
+
+
 class Ingest:
     """One consumer and its connection to Redis. `step` is called again and again by one thread."""
 
@@ -53,15 +82,18 @@ class Ingest:
         self,
         settings: config.Config,
         *,
+        source: Callable[[Callable[[set[int]], None]], Records],
         connect: Callable[[], Buffer],
         rules: Callable[[], RuleSet],
         metrics: Metrics,
-        embedded: bool,
+        clock: Clock,
     ) -> None:
+        """`source` is given what to call before partitions are given up."""
         self._settings = settings
         self._connect = connect
         self._rules = rules
         self._metrics = metrics
+        self._clock = clock
         self._root_timer = settings.app.root_wait_secs is not None
         self._buffer: Buffer | None = None
         self._log_time: dict[int, int] = {}
@@ -73,7 +105,7 @@ class Ingest:
         self.usage: Usage | None = None
         self.relief = 0
         self.lag: dict[int, int] = {}
-        self.source = Source(settings.kafka, embedded=embedded, revoked=self._on_revoked)
+        self.source = source(self._on_revoked)
 
     # --- one round ---
 
@@ -194,7 +226,7 @@ class Ingest:
         """What is settled is committed; the rest is read again by the next owner and cut away by its offsets."""
         if self._buffer is not None and self._buffer.epoch is not None:
             try:
-                self._commit(self._buffer, Now.read(), wait=True)
+                self._commit(self._buffer, self._clock.now(), wait=True)
             except Unavailable as fault:
                 log.warning(
                     "Offsets of revoked partitions were not committed; they are read again: %s", fault
@@ -261,7 +293,7 @@ class Ingest:
         try:
             if self._buffer is not None and self._begun:
                 self._buffer.wait_durable()
-                now = Now.read()
+                now = self._clock.now()
                 self._commit(self._buffer, replace(now, mono_secs=now.mono_secs + LAG_SECS), wait=True)
                 self._count_commits()
         except Unavailable as fault:

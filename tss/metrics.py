@@ -13,7 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 PREFIX = "tail_sampling"
 
-disable_created_metrics()  # a second series for every counter, which says only when this process started
+disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every counter, which says only when this process started
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 DECISION_SECONDS = (0.5, 1, 2.5, 5, 10, 30, 60, 90, 120, 300, 600, 1800)

@@ -11,7 +11,6 @@ field names tells all that a decision needs without moving a payload.
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +45,6 @@ class Now:
 
     wall_ms: int
     mono_secs: float
-
-    @classmethod
-    def read(cls) -> Now:
-        return cls(time.time_ns() // 1_000_000, time.monotonic())
 
 
 class Trigger(enum.IntEnum):

@@ -14,21 +14,36 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator
+from typing import Protocol
+
+import pyarrow as pa
 
 from tss.buffer import Buffer
 from tss.errors import LinkLost
 from tss.model import Origin, Trigger, Verdict, encode_origins, parse_records
-from tss.sink import Sink
+from tss.sink import Kind
 
 log = logging.getLogger("tss")
 
 
-def is_current(buffer: Buffer, sink: Sink) -> bool:
+class Memory(Protocol):
+    """What the tables remember: `sink.Sink`."""
+
+    def epochs(self) -> tuple[str | None, str | None]: ...
+
+    def enter_epoch(self, epoch: str) -> None: ...
+
+    def landed(self, kind: Kind) -> dict[str, int]: ...
+
+    def decisions_since(self, log_time_ms: int) -> Iterator[pa.RecordBatch]: ...
+
+
+def is_current(buffer: Buffer, sink: Memory) -> bool:
     """All shards and both tables show one and the same epoch."""
     return buffer.epoch is not None and set(sink.epochs()) == {buffer.epoch}
 
 
-def restore(buffer: Buffer, sink: Sink, low_ms: int | None, ttl_secs: float) -> None:
+def restore(buffer: Buffer, sink: Memory, low_ms: int | None, ttl_secs: float) -> None:
     """Gives Redis a new epoch; `low_ms` is the oldest log time that may be delivered again, None = nothing was read.
 
     Raises LinkLost when another process finished or began a restore meanwhile: connect again and look.

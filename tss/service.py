@@ -22,6 +22,7 @@ from prometheus_client import start_http_server
 
 from tss import __version__, api, config, embedded
 from tss.buffer import Buffer
+from tss.clock import SYSTEM
 from tss.decide import Writer
 from tss.errors import ConfigError, Fenced, Unavailable
 from tss.ingest import Ingest
@@ -30,7 +31,7 @@ from tss.model import Now
 from tss.query import QueryEngine, QueryResult
 from tss.rule_store import RuleStore
 from tss.sink import Sink
-from tss.source import lowest_commit
+from tss.source import Source, lowest_commit
 
 log = logging.getLogger("tss")
 
@@ -45,6 +46,9 @@ class Service:
 
     def __init__(self, settings: config.Config) -> None:
         self.settings = settings
+        self._kafka_embedded = settings.kafka.brokers == config.EMBEDDED
+        self._clock = SYSTEM
+        self._restoring = threading.Lock()
         self._parts = ExitStack()
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -65,16 +69,16 @@ class Service:
     def start(self) -> None:
         """Raises ConfigError where a setting cannot work; what is merely not there yet is waited for."""
         log.info("Starting Tail Sampling Selector v%s", __version__)
-        brokers_embedded = self.settings.kafka.brokers == config.EMBEDDED
         self.settings = settings = self._with_embedded_parts()
         self.rules = RuleStore(settings)
         self.sink = Sink(settings.storage, settings.kafka.consumer_group, self.metrics)
         self.ingest = Ingest(
             settings,
+            source=self._source,
             connect=self._connect,
             rules=lambda: self.rules.current,
             metrics=self.metrics,
-            embedded=brokers_embedded,
+            clock=self._clock,
         )
         self.writers = [self._writer(str(number)) for number in range(settings.app.evaluation_workers)]
         self._serve()
@@ -124,8 +128,13 @@ class Service:
             relief=lambda: self.ingest.relief,
             low=lambda: lowest_commit(self.settings.kafka),
             metrics=self.metrics,
+            clock=self._clock,
             stop=self._stop,
+            restoring=self._restoring,
         )
+
+    def _source(self, revoked: Callable[[set[int]], None]) -> Source:
+        return Source(self.settings.kafka, embedded=self._kafka_embedded, revoked=revoked)
 
     def _opened(self) -> bool:
         """Waits for catalog and object store; False when asked to stop meanwhile."""
@@ -140,7 +149,7 @@ class Service:
         raise AssertionError
 
     def _connect(self) -> Buffer:
-        buffer = Buffer(self.settings.redis)
+        buffer = Buffer(self.settings.redis, self._clock)
         for persistence in buffer.persistence:
             for warning in persistence.warnings:
                 if warning not in self._faults:
@@ -174,7 +183,7 @@ class Service:
         failures = 0
         while not self._stop.is_set():
             try:
-                more = step(Now.read())
+                more = step(self._clock.now())
             except (Unavailable, Fenced) as fault:
                 if self._faults.get(name) != str(fault):
                     log.warning("%s: %s", name, fault)
@@ -227,7 +236,7 @@ class Service:
         self._loop("heartbeat", beat, forget, lease_secs / 4)
         while any(w.id for w in self.writers) and not self._drained.wait(lease_secs / 4):
             with contextlib.suppress(Unavailable):
-                beat(Now.read())
+                beat(self._clock.now())
         forget(None)
 
     def _watch(self) -> None:
@@ -327,7 +336,7 @@ class Service:
         usage = self.ingest.usage
         clocks = [w.clock_ms for w in self.writers if w.clock_ms is not None]
         opened = [w.open_since_secs for w in self.writers if w.open_since_secs is not None]
-        wall_ms = Now.read().wall_ms
+        wall_ms = self._clock.now().wall_ms
         oldest_ms = usage.oldest_ms if usage else None
         return {
             "paused": self.ingest.source.paused,

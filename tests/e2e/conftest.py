@@ -79,4 +79,6 @@ def parts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Parts]:
         return
     fresh = uuid.uuid4().hex[:8]
     real: Callable[..., Iterator[Parts]] = real_parts
-    yield from real(request.getfixturevalue("stack"), tmp_path, topic=f"traces-{fresh}", table=f"spans_{fresh}")
+    yield from real(
+        request.getfixturevalue("stack"), tmp_path, topic=f"traces-{fresh}", table=f"spans_{fresh}"
+    )

@@ -47,7 +47,16 @@ def worker(parts: Parts) -> Worker:
 
 def produce(parts: Parts, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tss.simple_producer", "--brokers", parts.brokers, "--topic", parts.topic, *options],
+        [
+            sys.executable,
+            "-m",
+            "tss.simple_producer",
+            "--brokers",
+            parts.brokers,
+            "--topic",
+            parts.topic,
+            *options,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -153,7 +162,9 @@ def test_scenario_d_a_force_rule_keeps_ordinary_traces(parts: Parts, worker: Wor
     before = total([worker], "tail_sampling_traces_ingested_total")
     produce(parts, "--service", service, "--errors-every", "0")
     wait_for(
-        lambda: total([worker], "tail_sampling_traces_ingested_total") >= before + 10, 60, lambda: worker.log[-2000:]
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= before + 10,
+        60,
+        lambda: worker.log[-2000:],
     )
     rows = kept(worker, service)
     assert len(rows) == 10
@@ -179,7 +190,9 @@ def test_a_rule_reaches_traces_that_were_already_pending(parts: Parts, worker: W
     }  # fmt: skip
     assert worker.request("POST", "/admin/force-rules", body)[0] == 201
     wait_for(
-        lambda: total([worker], "tail_sampling_traces_ingested_total") >= before + 10, 60, lambda: worker.log[-2000:]
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= before + 10,
+        60,
+        lambda: worker.log[-2000:],
     )
     assert len(kept(worker, service)) == 10
 
@@ -276,8 +289,10 @@ def test_the_table_is_where_its_users_look_for_it(
     files = s3_filesystem(stack.minio).get_file_info(FileSelector(BUCKET, recursive=True))
     assert any("/spans/data/" in f.path and f.path.endswith(".parquet") for f in files)
     wait_for(
-        lambda: prometheus_value(stack.prometheus, 'up{job="tss"}') == 1
-        and (prometheus_value(stack.prometheus, "tail_sampling_traces_ingested_total") or 0) > 0,
+        lambda: (
+            prometheus_value(stack.prometheus, 'up{job="tss"}') == 1
+            and (prometheus_value(stack.prometheus, "tail_sampling_traces_ingested_total") or 0) > 0
+        ),
         START_SECS,
         lambda: stack.prometheus.log.read_text()[-1000:],
     )

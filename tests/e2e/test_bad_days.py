@@ -44,7 +44,9 @@ def test_bad_records_are_dead_lettered_and_good_ones_go_on(parts: Parts) -> None
     many.spans[0].attributes.extend(
         KeyValue(key=f"key.{i}", value=AnyValue(string_value="v" * 20)) for i in range(10_000)
     )
-    not_text = record("shop", *make_trace(rng, start_ns, spans=1).spans).replace(b"step 0", b"\xff\xfe\xfd\xfc\xfb\xfa")
+    not_text = record("shop", *make_trace(rng, start_ns, spans=1).spans).replace(
+        b"step 0", b"\xff\xfe\xfd\xfc\xfb\xfa"
+    )
     huge = make_trace(rng, start_ns, reason="error", spans=1)
     huge.spans[0].attributes.append(KeyValue(key="body", value=AnyValue(string_value="x" * 900_000)))
 
@@ -55,14 +57,26 @@ def test_bad_records_are_dead_lettered_and_good_ones_go_on(parts: Parts) -> None
     ]
     worker = parts.worker().ready()
     parts.produce([(i % PARTITIONS, value, None) for i, value in enumerate(records)])
-    wait_for(lambda: total([worker], "tail_sampling_traces_ingested_total") >= 9, 60, lambda: worker.log[-3000:])
+    wait_for(
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= 9, 60, lambda: worker.log[-3000:]
+    )
 
-    rows = worker.query("SELECT trace_id, count(*) AS spans, max(dropped_attributes_count) AS cut FROM spans GROUP BY trace_id")
+    rows = worker.query(
+        "SELECT trace_id, count(*) AS spans, max(dropped_attributes_count) AS cut FROM spans GROUP BY trace_id"
+    )
     found = {row["trace_id"]: row for row in rows}
-    assert set(found) == {t.id for t in (*good, backwards, many, huge)} | ({wrong.id} if wrong.spans[0].status.code else set())
+    assert set(found) == {t.id for t in (*good, backwards, many, huge)} | (
+        {wrong.id} if wrong.spans[0].status.code else set()
+    )
     assert found[many.id]["cut"] == 10_000 - 1024
     reasons = Counter(headers["tss.reason"] for headers, _ in parts.dead_letters(6))
-    assert reasons == {"undecodable": 2, "invalid_json": 1, "bad_span": 1, "bad_trace_id": 1, "bad_span_id": 1}
+    assert reasons == {
+        "undecodable": 2,
+        "invalid_json": 1,
+        "bad_span": 1,
+        "bad_trace_id": 1,
+        "bad_span_id": 1,
+    }
     assert total([worker], "tail_sampling_dead_letters_total") == 6
     assert total([worker], "tail_sampling_spans_rejected_total") == 3
     assert worker.request("GET", "/health/ready")[0] == 200
@@ -77,7 +91,9 @@ def test_a_trace_of_a_hundred_thousand_spans_is_written_whole(parts: Parts) -> N
     pieces = [trace.spans[i : i + 4000] for i in range(0, len(trace.spans), 4000)]
     for number, piece in enumerate(pieces):
         parts.produce([(number % PARTITIONS, record("shop", *piece), None)])
-    wait_for(lambda: total([worker], "tail_sampling_traces_ingested_total") >= 1, 90, lambda: worker.log[-3000:])
+    wait_for(
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= 1, 90, lambda: worker.log[-3000:]
+    )
     (row,) = worker.query("SELECT count(*) AS spans, count(DISTINCT span_id) AS ids FROM spans")
     assert (row["spans"], row["ids"]) == (100_000, 100_000)
     assert worker.request("GET", "/health/ready")[0] == 200
@@ -99,7 +115,9 @@ def test_a_killed_worker_loses_nothing_that_is_kept(parts: Parts) -> None:
     kept = Counter((t.id, s) for t in traces if t.reason for s in t.span_ids)
 
     def written() -> Counter[tuple[str, str]]:
-        return Counter((r["trace_id"], r["span_id"]) for r in worker.query("SELECT trace_id, span_id FROM spans"))
+        return Counter(
+            (r["trace_id"], r["span_id"]) for r in worker.query("SELECT trace_id, span_id FROM spans")
+        )
 
     wait_for(lambda: written() == kept, 60, lambda: (len(kept), len(written()), worker.log[-3000:]))
 
@@ -113,10 +131,14 @@ def test_late_spans_follow_the_verdict_of_their_trace(parts: Parts) -> None:
     early = [record("shop", *t.spans[:2]) for t in (kept, dropped, turned)]
     worker = parts.worker().ready()
     parts.produce([(i, value, None) for i, value in enumerate(early)])
-    wait_for(lambda: total([worker], "tail_sampling_traces_ingested_total") >= 3, 60, lambda: worker.log[-3000:])
+    wait_for(
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= 3, 60, lambda: worker.log[-3000:]
+    )
 
     turned.spans[3].status.code = 2
-    parts.produce([(i + 3, record("shop", *t.spans[2:]), None) for i, t in enumerate((kept, dropped, turned))])
+    parts.produce(
+        [(i + 3, record("shop", *t.spans[2:]), None) for i, t in enumerate((kept, dropped, turned))]
+    )
     wait_for(
         lambda: worker.metrics().get('tail_sampling_decisions_total{trigger="late"}', 0) >= 3,
         60,
@@ -136,7 +158,9 @@ def test_a_worker_waits_for_what_is_not_there_and_says_so(parts: Parts) -> None:
     worker = parts.worker(redis__url=f"redis://127.0.0.1:{free_port()}")
     wait_for(lambda: worker.request("GET", "/health/ready")[0] == 503, 30, lambda: worker.log)
     wait_for(
-        lambda: "redis.url" in str(worker.request("GET", "/health/ready")[1]), 20, lambda: worker.request("GET", "/health")
+        lambda: "redis.url" in str(worker.request("GET", "/health/ready")[1]),
+        20,
+        lambda: worker.request("GET", "/health"),
     )
     assert worker.request("GET", "/health/live")[0] == 200
     assert worker.process.poll() is None
@@ -158,7 +182,9 @@ def test_a_stop_finishes_what_is_open_and_a_restart_goes_on(parts: Parts) -> Non
     expected = Counter((t.id, s) for t in traces for s in t.span_ids)
 
     def written() -> Counter[tuple[str, str]]:
-        return Counter((r["trace_id"], r["span_id"]) for r in second.query("SELECT trace_id, span_id FROM spans"))
+        return Counter(
+            (r["trace_id"], r["span_id"]) for r in second.query("SELECT trace_id, span_id FROM spans")
+        )
 
     wait_for(lambda: written() == expected, 60, lambda: (len(written()), second.log[-3000:]))
 

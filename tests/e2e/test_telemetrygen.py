@@ -72,7 +72,9 @@ def test_traces_of_telemetrygen_arrive_whole(parts: Parts, request: pytest.Fixtu
                 timeout=120,
             )
     wait_for(
-        lambda: total([worker], "tail_sampling_traces_ingested_total") >= 2 * TRACES, 60, lambda: worker.log[-3000:]
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= 2 * TRACES,
+        60,
+        lambda: worker.log[-3000:],
     )
     rows = worker.query(
         "SELECT service_name, count(DISTINCT trace_id) AS traces, count(*) AS spans FROM spans GROUP BY service_name"

@@ -88,7 +88,12 @@ def test_two_workers_share_the_work_and_their_metrics_agree_with_the_table(parts
         assert worker.metrics()["tail_sampling_traces_ingested_total"] > 0
     sums = {
         name: total(workers, f"tail_sampling_{name}")
-        for name in ("spans_ingested_total", "spans_exported_total", "spans_dropped_total", "spans_duplicate_total")
+        for name in (
+            "spans_ingested_total",
+            "spans_exported_total",
+            "spans_dropped_total",
+            "spans_duplicate_total",
+        )
     }
     (row,) = workers[0].query("SELECT count(*) AS spans FROM spans")
     assert sums["spans_exported_total"] == row["spans"]
