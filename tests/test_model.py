@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tss.model import (
     FACTS,
     Claimed,
-    Now,
     Origin,
     Trigger,
     Verdict,
@@ -130,10 +129,3 @@ def test_triggers_have_names_for_people() -> None:
         "shutdown",
         "late",
     ]
-
-
-def test_now_reads_both_clocks() -> None:
-    """Milliseconds of the wall, seconds of the monotonic clock."""
-    first, second = Now.read(), Now.read()
-    assert second.mono_secs >= first.mono_secs
-    assert first.wall_ms > 1_700_000_000_000
