@@ -69,6 +69,7 @@ from pyiceberg.table.sorting import SortField, SortOrder
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import TimestampType, TimestamptzType
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from tss import config
@@ -292,8 +293,9 @@ class Sink:
         oldest_kept = from_millis(snapshots[-keep].timestamp_ms)
         try:
             table.maintenance.expire_snapshots().older_than(oldest_kept.replace(tzinfo=None)).commit()
-        except CommitFailedException:
-            log.debug("Snapshots of %s are expired by the next commit", table.name())
+        except (CommitFailedException, RESTError, SQLAlchemyError, OSError, ValueError) as fault:
+            # ValueError: another worker expired them just now. Whatever it is, the rows have landed.
+            log.debug("Snapshots of %s are left to the next commit: %s", table.name(), fault)
 
     # --- epochs and reading back (step 15) ---
 
@@ -407,11 +409,19 @@ class _Outside:
             case NoSuchTableError() | NoSuchNamespaceError():
                 detail += ". The table was dropped; restart tss to make it again"
             case OSError():
-                self._where = "storage.iceberg.s3_endpoint" if self._sink.s3 else "storage.local.path"
+                self._where = _file_setting(detail) if self._sink.s3 else "storage.local.path"
             case _:
                 return
         self._sink.fault = detail
         raise Unavailable("storage", self._where, detail) from fault
+
+
+def _file_setting(detail: str) -> str:
+    """The setting that an error of the object store points at."""
+    refused = ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "FORBIDDEN")
+    if any(word in detail for word in refused):
+        return "storage.iceberg.s3_access_key_id / storage.iceberg.s3_secret_access_key"
+    return "storage.iceberg.s3_endpoint"
 
 
 # --- catalogs ----------------------------------------------------------------------------------------------------
@@ -455,8 +465,11 @@ class _BoundedRestCatalog(_OwnS3RestCatalog):
 def _catalog(settings: config.Storage) -> Catalog:
     if settings.storage_type == "local":
         folder = Path(settings.local.path).resolve()
+        if set("#?") & set(str(folder)):  # file locations are URLs, which would end there
+            raise ConfigError(f"storage.local.path is {folder}: choose a folder without # and ? in its path")
         folder.mkdir(parents=True, exist_ok=True)
-        return SqlCatalog("tss", uri=f"sqlite:///{folder}/catalog.db", warehouse=f"file://{folder}/warehouse")
+        database = URL.create("sqlite", database=f"{folder}/catalog.db").render_as_string()
+        return SqlCatalog("tss", uri=database, warehouse=f"file://{folder}/warehouse")
     return _BoundedRestCatalog("tss", **_rest_properties(settings))
 
 
@@ -534,14 +547,18 @@ def _check_fits(kind: Kind, table: Table) -> None:
 
 
 def _adapt(rows: pa.Table, table: Table) -> pa.Table:
-    """Our rows with the table's columns and types; a column we lack is null."""
+    """Our rows with the table's columns and types. A column we lack is null; a required one of ours never is."""
     target = _arrow_schema(table)
     columns = []
     for field in target:
-        if field.name in rows.column_names:
-            columns.append(rows.column(field.name).cast(field.type, safe=False))
-        else:
+        if field.name not in rows.column_names:
             columns.append(pa.nulls(rows.num_rows, field.type))
+            continue
+        column = rows.column(field.name).cast(field.type, safe=False)
+        if not field.nullable and column.null_count:
+            empty: Any = pa.scalar("" if pa.types.is_string(field.type) else 0).cast(field.type)
+            column = column.fill_null(empty)
+        columns.append(column)
     return pa.table(columns, schema=target)
 
 
