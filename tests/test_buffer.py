@@ -381,6 +381,18 @@ def test_a_busy_trace_has_an_end(buffer: Buffer) -> None:
     assert taken(claim(buffer)) == {trace_id(1): Trigger.MAX_DURATION}
 
 
+def test_a_trace_over_its_size_is_due_at_once(buffer: Buffer) -> None:
+    """A trace marked as big is claimed without any clock, once; what follows of it waits until that claim is gone."""
+    big = chunks(record(0, trace=1), record(1, trace=2))
+    buffer.append(big, {}, now_ms(), root_timer=False, big={0})
+    assert taken(claim(buffer)) == {trace_id(1): Trigger.MAX_SIZE}
+    buffer.append(chunks(record(2, trace=1)), {}, now_ms(), root_timer=False, big={0})
+    assert taken(claim(buffer)) == {}
+    decide(buffer, 1, KEEP)
+    release(buffer, 1)
+    assert taken(claim(buffer, sequence=2)) == {trace_id(1): Trigger.MAX_SIZE}
+
+
 def test_memory_pressure_takes_the_longest_quiet(buffer: Buffer) -> None:
     """Under pressure traces are claimed before they are due, longest quiet first, even while the clock is held."""
     append(buffer, *(record(i, trace=i, at_ms=i) for i in range(80)))

@@ -8,6 +8,7 @@ a Redis Cluster. Every shard is complete in itself: one MULTI or one script on o
     {tss:n}:seen       zset    pending trace → newest log time (GT)
     {tss:n}:born       zset    trace, pending or claimed → oldest log time (LT); its minimum is `low`
     {tss:n}:root       zset    pending trace whose root span is in → log time; only with a root timer
+    {tss:n}:big        zset    pending trace over a size limit → log time; judged at once
     {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger
     {tss:n}:open       set     <w>:<s> of every claim hash that exists
     {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → "" for every chunk that landed
@@ -30,6 +31,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,20 +117,19 @@ local taken = {}
 local function take(id, trigger)
   local pending, claimed = tag .. 't:' .. id, tag .. 'x:' .. id
   if redis.call('EXISTS', pending) == 0 then
-    redis.call('ZREM', tag .. 'seen', id)
-    redis.call('ZREM', tag .. 'root', id)
+    for _, index in ipairs({'seen', 'root', 'big'}) do redis.call('ZREM', tag .. index, id) end
     if redis.call('EXISTS', claimed) == 0 then redis.call('ZREM', tag .. 'born', id) end
   elseif redis.call('RENAMENX', pending, claimed) == 0 then
     if clock >= 0 then redis.call('ZADD', tag .. 'seen', 'XX', 'GT', clock, id) end
   else
     redis.call('HSET', claim, id, trigger)
-    redis.call('ZREM', tag .. 'seen', id)
-    redis.call('ZREM', tag .. 'root', id)
+    for _, index in ipairs({'seen', 'root', 'big'}) do redis.call('ZREM', tag .. index, id) end
     taken[#taken + 1] = id
     taken[#taken + 1] = trigger
   end
 end
 
+for _, id in ipairs(redis.call('ZRANGE', tag .. 'big', 0, limit - 1)) do take(id, 3) end
 local due = 0
 if clock >= 0 then
   due = redis.call('ZCOUNT', tag .. 'seen', '-inf', clock - inactivity)
@@ -524,8 +525,18 @@ class Buffer:
 
     # --- ingest (step 3) ---
 
-    def append(self, chunks: Chunks, clocks: Mapping[int, int], now_ms: int, *, root_timer: bool) -> int:
+    def append(
+        self,
+        chunks: Chunks,
+        clocks: Mapping[int, int],
+        now_ms: int,
+        *,
+        root_timer: bool,
+        big: AbstractSet[int] = frozenset(),
+    ) -> int:
         """One MULTI a shard: chunks, indexes and the partitions' clocks together. All shards get the clocks.
+
+        `big` holds the rows of traces that are over a size limit: they are due at once.
 
         Returns how many spans the server held already in an identical chunk.
         """
@@ -536,7 +547,7 @@ class Buffer:
         for row in order.tolist():
             rows_of[int(shards[row])].append(row)
         commands = {
-            shard: self._transaction(shard, chunks, rows, entries, root_timer=root_timer)
+            shard: self._transaction(shard, chunks, rows, entries, root_timer=root_timer, big=big)
             for shard, rows in rows_of.items()
             if rows or entries
         }
@@ -558,13 +569,21 @@ class Buffer:
         return repeated
 
     def _transaction(
-        self, shard: int, chunks: Chunks, rows: Sequence[int], entries: Sequence[str], *, root_timer: bool
+        self,
+        shard: int,
+        chunks: Chunks,
+        rows: Sequence[int],
+        entries: Sequence[str],
+        *,
+        root_timer: bool,
+        big: AbstractSet[int],
     ) -> list[Command]:
         tag = _tag(shard)
         commands: list[Command] = [("MULTI",)]
         seen: list[Any] = []
         born: list[Any] = []
         root: list[Any] = []
+        large: list[Any] = []
         spans = -self._repeated[shard]
         for row in rows:
             trace_id = chunks.trace_id(row)
@@ -577,6 +596,8 @@ class Buffer:
             spans += int(facts["spans"])
             if root_timer and facts["bits"] & ROOT:
                 root += (last, trace_id)
+            if row in big:
+                large += (last, trace_id)
         if rows:
             commands.append(("ZADD", tag + b"seen", "GT", *seen))
             commands.append(("ZADD", tag + b"born", "LT", *born))
@@ -584,6 +605,8 @@ class Buffer:
             commands.append(("INCRBY", tag + b"spans", spans))
         if root:
             commands.append(("ZADD", tag + b"root", *root))
+        if large:
+            commands.append(("ZADD", tag + b"big", *large))
         if entries:
             commands.append(("HSET", tag + b"clock", *entries))
         commands.append(("EXEC",))

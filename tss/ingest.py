@@ -28,7 +28,7 @@ from tss.buffer import LAG_SECS, Buffer, Usage
 from tss.clock import Clock
 from tss.errors import LinkLost, Unavailable
 from tss.metrics import Metrics
-from tss.model import DeadLetter, Now, Record
+from tss.model import Chunks, DeadLetter, Now, Record
 from tss.rules import RuleSet
 from tss.source import Ends
 from tss.wire import decode
@@ -39,6 +39,7 @@ POLL_SECS = 0.2  # longest wait for a first record; bounds how late a rebalance 
 END_CHECK_SECS = 1.0
 USAGE_SECS = 1.0
 RESUME_SHARE = 0.9  # of the budget: room for some batches before the next pause
+SIZES_TRACKED = 200_000  # traces whose size this process remembers, newest first; some 30 MB
 RELIEF_TRACES = 2000  # claimed early in one look while memory is short
 
 
@@ -97,6 +98,7 @@ class Ingest:
         self._root_timer = settings.app.root_wait_secs is not None
         self._buffer: Buffer | None = None
         self._log_time: dict[int, int] = {}
+        self._sizes: dict[bytes, tuple[int, int]] = {}
         self._waiting: deque[Acknowledged] = deque()
         self._safe: dict[int, int] = {}
         self._committed: dict[int, int] = {}
@@ -144,6 +146,7 @@ class Ingest:
     def _begin(self, epoch: str) -> None:
         """Step 2."""
         self._log_time.clear()
+        self._sizes.clear()
         self._waiting.clear()
         self._safe.clear()
         self._committed.clear()
@@ -167,11 +170,13 @@ class Ingest:
         records = [self._in_log_time(record, now) for record in records]
         batch = decode(records, self._rules())
         clocks = {r.partition: r.timestamp_ms for r in records}
-        buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer)
+        big = self._oversized(batch.chunks)
+        buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
         self.source.dead_letter(batch.dead)
         self._waiting.append(Acknowledged(now.mono_secs, {r.partition: r.offset + 1 for r in records}))
 
         metrics = self._metrics
+        metrics.batch_seconds.observe(self._clock.now().mono_secs - now.mono_secs)
         metrics.records_consumed.inc(len(records))
         metrics.bytes_consumed.inc(sum(len(r.value or b"") for r in records))
         metrics.records_empty.inc(batch.empty)
@@ -185,6 +190,26 @@ class Ingest:
         reached = max(self._log_time.get(record.partition, 0), min(record.timestamp_ms, now.wall_ms))
         self._log_time[record.partition] = reached
         return replace(record, timestamp_ms=reached)
+
+    def _oversized(self, chunks: Chunks) -> set[int]:
+        """Rows of traces that have outgrown a limit, by what this process has seen of them lately.
+
+        A fleet of n readers may so let a trace grow to n times the limit; counting in Redis would cost a command
+        a chunk to make an emergency brake exact.
+        """
+        app = self._settings.app
+        big = set()
+        for row in range(len(chunks)):
+            trace_id = chunks.trace_id(row)
+            spans, size = self._sizes.pop(trace_id, (0, 0))
+            spans += int(chunks.facts["spans"][row])
+            size += int(chunks.field_at[row + 1] - chunks.field_at[row])
+            if spans > app.max_trace_spans or size > app.max_trace_bytes:
+                big.add(row)
+            self._sizes[trace_id] = (spans, size)
+        while len(self._sizes) > SIZES_TRACKED:
+            del self._sizes[next(iter(self._sizes))]
+        return big
 
     def _mark_ends(self, buffer: Buffer, now: Now) -> None:
         """At the end of a partition its clock is the moment the brokers were asked for it."""

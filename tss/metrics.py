@@ -43,7 +43,9 @@ class Metrics:
         self.chunks_written = self._counter(
             "chunks_written", "Chunks, one per trace and batch, that Redis acknowledged."
         )
-        self.batch_seconds = self._histogram("batch_seconds", "From a batch's last record to Redis's answer.")
+        self.batch_seconds = self._histogram(
+            "batch_seconds", "From the beginning of a batch's poll to the acknowledgement of all it held."
+        )
         self.consumer_lag = self._gauge(
             "kafka_consumer_lag", "Records not read yet, by partition.", "partition"
         )

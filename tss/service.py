@@ -58,6 +58,7 @@ class Service:
         self._steps: dict[str, float] = {}
         self._faults: dict[str, str | None] = {}
         self._queries: QueryEngine | None = None
+        self._rule_failures = 0
         self.draining = False
         self.started = False
         self.metrics = Metrics()
@@ -246,6 +247,8 @@ class Service:
     def _probe(self, _: Now) -> bool:
         self.metrics.ready.set(self.status().ready)
         self.metrics.force_rules.set(len(self.rules.current))
+        self.metrics.rules_refresh_failures.inc(self.rules.failures - self._rule_failures)
+        self._rule_failures = self.rules.failures
         self.sink.epochs()
         return False
 
@@ -370,7 +373,8 @@ class Service:
         deadline = time.monotonic() + self.settings.app.shutdown_timeout_secs
         self.draining = True
         self._stop.set()
-        log.info("Stopping: finishing what is open")
+        if self.started:
+            log.info("Stopping: finishing what is open")
         for thread in self._threads:
             if thread.name != "heartbeat":
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -390,7 +394,7 @@ class Service:
                 self.settings.app.shutdown_timeout_secs,
                 ", ".join(late),
             )
-        else:
+        elif self.started:
             log.info("Stopped")
         return not late
 

@@ -194,3 +194,25 @@ def test_json_and_bare_resource_spans_are_understood_beside_protobuf() -> None:
     span = make_trace(random.Random(1), 1).spans[0]
     bare = ResourceSpans(scope_spans=[ScopeSpans(spans=[span])]).SerializeToString()
     assert TracesData.FromString(bare).resource_spans == []
+
+
+@both
+def test_a_trace_over_its_limit_is_judged_early_and_the_rest_follows(parts: Parts) -> None:
+    """Past app.max_trace_spans a trace is judged at once (max_size); what comes after is written under that verdict."""
+    rng = random.Random(SEED)
+    trace = make_trace(rng, time.time_ns(), reason="error", spans=900)
+    trace.spans[0].status.code = 2
+    worker = parts.worker(app__inactivity_timeout_secs=30, app__max_trace_spans=500).ready()
+    for begin in range(0, 900, 100):
+        parts.produce([(begin // 100 % PARTITIONS, record("shop", *trace.spans[begin : begin + 100]), None)])
+        time.sleep(0.3)
+    wait_for(
+        lambda: worker.query("SELECT count(*) AS n FROM spans")[0]["n"] >= 600, 20, lambda: worker.log[-3000:]
+    )
+    first = worker.query("SELECT trigger, kept, late FROM decisions ORDER BY decided_at LIMIT 1")
+    assert first == [{"trigger": "max_size", "kept": True, "late": False}]
+    wait_for(
+        lambda: worker.query("SELECT count(DISTINCT span_id) AS n FROM spans")[0]["n"] == 900,
+        60,
+        lambda: worker.query("SELECT trigger, late, span_count FROM decisions"),
+    )

@@ -41,6 +41,16 @@ class App(Section):
     max_trace_duration_secs: float = Field(
         300, gt=0, description="a trace is due so long after its first span, active or not"
     )
+    max_trace_spans: int = Field(
+        100_000,
+        ge=1,
+        description="a trace is due at once when it has more spans; the rest follows its verdict",
+    )
+    max_trace_bytes: int = Field(
+        64 << 20,
+        ge=1 << 10,
+        description="a trace is due at once when it is larger; the rest follows its verdict",
+    )
     max_buffer_traces: int = Field(
         5_000_000, ge=1, description="pending traces of the whole fleet above which consumers pause"
     )
