@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from tests.e2e.conftest import PARTITIONS, both
 from tests.e2e.parts import Parts, Worker, total, wait_for
@@ -22,12 +23,12 @@ FORCE_RULE = {
 }
 
 
-def thousand(rng: random.Random, count: int = 1000) -> list[Trace]:
+def thousand(rng: random.Random, count: int = 1000, reasons: Mapping[str, int] = REASONS) -> list[Trace]:
     start_ns = time.time_ns() - 60 * 1_000_000_000
-    wanted = [reason for reason, share in REASONS.items() for _ in range(count * share // 1000)]
-    reasons: list[str | None] = [*wanted, *([None] * (count - len(wanted)))]
-    rng.shuffle(reasons)
-    return [make_trace(rng, start_ns, reason=reason, spans=rng.randint(2, 9)) for reason in reasons]
+    wanted = [reason for reason, share in reasons.items() for _ in range(count * share // 1000)]
+    truth: list[str | None] = [*wanted, *([None] * (count - len(wanted)))]
+    rng.shuffle(truth)
+    return [make_trace(rng, start_ns, reason=reason, spans=rng.randint(2, 9)) for reason in truth]
 
 
 def check_truth(worker: Worker, traces: list[Trace]) -> None:
@@ -62,6 +63,22 @@ def test_a_thousand_scattered_traces_end_as_their_truth_says(parts: Parts) -> No
     parts.produce(scattered(rng, traces, base_ms, partitions=PARTITIONS, spread_ms=20_000))
     wait_for(lambda: decided_all([worker], len(traces)), 60, lambda: worker.log[-2000:])
     check_truth(worker, traces)
+
+
+@both
+def test_an_hour_of_backlog_is_judged_as_it_would_have_been_live(parts: Parts) -> None:
+    """Read at full speed and in small batches, an hour of records cuts no trace: the log's own time counts."""
+    rng = random.Random(SEED + 2)
+    traces = thousand(rng, reasons={"error": 100, "latency": 50})
+    base_ms = int(time.time() * 1000) - 3_700_000
+    hour = scattered(rng, traces, base_ms, partitions=PARTITIONS, spread_ms=20_000, within_ms=3_580_000)
+    parts.produce(hour)
+    worker = parts.worker(app__inactivity_timeout_secs=25, kafka__batch_max_records=100)
+    worker.ready()
+    wait_for(lambda: decided_all([worker], len(traces)), 90, lambda: worker.log[-2000:])
+    check_truth(worker, traces)
+    triggers = worker.query("SELECT DISTINCT trigger FROM decisions")
+    assert triggers == [{"trigger": "inactivity"}]
 
 
 @both

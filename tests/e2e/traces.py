@@ -64,12 +64,18 @@ def record(service: str, *spans: Span) -> bytes:
 
 
 def scattered(
-    rng: random.Random, traces: list[Trace], base_ms: int, *, partitions: int, spread_ms: int
+    rng: random.Random,
+    traces: list[Trace],
+    base_ms: int,
+    *,
+    partitions: int,
+    spread_ms: int,
+    within_ms: int = 10_000,
 ) -> list[tuple[int, bytes, int | None]]:
-    """A record a span, each on any partition and up to `spread_ms` after its trace's first, in time order."""
+    """A record a span, each on any partition and up to `spread_ms` after its trace's begin, in time order."""
     timed = []
     for trace in traces:
-        begin = base_ms + rng.randrange(10_000)
+        begin = base_ms + rng.randrange(within_ms)
         for span in rng.sample(trace.spans, len(trace.spans)):
             at_ms = begin + rng.randrange(spread_ms)
             timed.append((at_ms, rng.randrange(partitions), record(trace.service, span)))
