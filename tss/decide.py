@@ -111,6 +111,7 @@ class Writer:
         )
         self._buffer: Buffer | None = None
         self._number = 0
+        self._average_spans = 1.0
         self._open: OpenSequence | None = None
         self._next_adoption = 0.0
         self.id: str | None = None
@@ -190,7 +191,9 @@ class Writer:
 
     def _claim(self, buffer: Buffer, now: Now) -> bool:
         assert self.id is not None
-        limit = self._settings.app.claim_max_traces
+        # As many traces as fill one flush if all are kept, going by the last ones: payloads must fit in memory.
+        fitting = int(self._settings.storage.flush_max_spans / self._average_spans)
+        limit = max(1, min(self._settings.app.claim_max_traces, fitting))
         number = self._open.number if self._open else self._number + 1
         result = buffer.claim(
             self.id, number, self._timers, self._partitions(), limit, pressure=self._relief()
@@ -224,7 +227,10 @@ class Writer:
         """Steps 8 and 9 for claimed traces; what they come to is added to the sequence."""
         assert self.id is not None
         rules = self._rules()
+        if not traces:
+            return
         summary = summarise(traces, rules)
+        self._average_spans = max(1.0, float(summary.spans.mean()))
         masks = self._fresh_masks(buffer, traces, summary, rules)
         active = rules.active(from_millis(self._clock.now().wall_ms))
         candidates = judge(traces, summary, self._policies, rules, active, masks)
