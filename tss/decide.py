@@ -206,7 +206,7 @@ class Writer:
         if self._open is None:
             self._number = number
             self._open = OpenSequence(self.id, number, now.mono_secs)
-        self._decide(buffer, self._open, buffer.facts(result.traces))
+        self._decide(buffer, self._open, result.traces)
         return result.due > len(result.traces)
 
     def _note_clock(
@@ -223,10 +223,16 @@ class Writer:
         if clock_ms is not None:
             self._metrics.clock_lag.set(max(0.0, (now.wall_ms - clock_ms) / 1000))
 
-    def _decide(self, buffer: Buffer, sequence: OpenSequence, traces: Sequence[Claimed]) -> None:
+    def _decide(
+        self, buffer: Buffer, sequence: OpenSequence, claimed: Sequence[tuple[bytes, Trigger]]
+    ) -> None:
         """Steps 8 and 9 for claimed traces; what they come to is added to the sequence."""
         assert self.id is not None
         rules = self._rules()
+        traces = buffer.facts(claimed)
+        if len(traces) < len(claimed):  # a claim whose hash is gone still has an entry to release
+            found = {trace.trace_id for trace in traces}
+            sequence.traces += [trace_id for trace_id, _ in claimed if trace_id not in found]
         if not traces:
             return
         summary = summarise(traces, rules)
@@ -395,6 +401,6 @@ class Writer:
             traces = buffer.claimed_by(owner, number)
             log.info("Taking over sequence %d of writer %s", number, owner, extra={"traces": len(traces)})
             sequence = OpenSequence(owner, number, now.mono_secs)
-            self._decide(buffer, sequence, buffer.facts(traces))
+            self._decide(buffer, sequence, traces)
             self._finish(buffer, sequence)
             self._metrics.takeovers.inc()
