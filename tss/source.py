@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import (
-    OFFSET_BEGINNING,
     OFFSET_STORED,
     Consumer,
     KafkaError,
@@ -36,7 +35,8 @@ from tss.model import DeadLetter, Record
 
 log = logging.getLogger("tss")
 
-FETCH_RECORDS = 500  # taken from the client at a time, so that a batch can be bounded by bytes
+FETCH_RECORDS = 500  # taken from the client at a time; fewer where they are so large that a batch would burst
+RECORD_BYTES_GUESS = 64 << 10  # before the first batch has told
 REQUEST_TIMEOUT_SECS = 10.0
 PARTITIONS_REFRESH_SECS = 30.0
 DEAD_LETTER_TIMEOUT_SECS = 30.0
@@ -62,7 +62,7 @@ class Commit:
     @classmethod
     def read(cls, offset: int, metadata: str | None) -> Commit:
         parts = (metadata or "").split(" ")
-        if len(parts) == 3 and parts[0] == "tss1":
+        if len(parts) == 3 and parts[0] == "tss1" and parts[2].isdecimal():
             return cls(offset, parts[1], int(parts[2]))
         return cls(offset, None, None)
 
@@ -84,7 +84,11 @@ QUIET = {"log_level": 2}
 
 
 class Source:
-    """The consumer of one process. `revoked` is told which partitions are lost, before they are given up."""
+    """The consumer of one process.
+
+    `revoked` is told which partitions go: before they are given up, so that it can still commit them; or after, where
+    the group did not ask.
+    """
 
     def __init__(
         self, settings: config.Kafka, *, embedded: bool, revoked: Callable[[set[int]], None]
@@ -98,6 +102,7 @@ class Source:
         self._ends_request: tuple[int, dict[TopicPartition, Future[Any]]] | None = None
         self._partitions_read_at = -PARTITIONS_REFRESH_SECS
         self._producer: Producer | None = None
+        self._record_bytes = RECORD_BYTES_GUESS
         self.partition_count = 0
         self.reached: dict[int, int] = {}
         self.fault: str | None = "not heard of yet"
@@ -234,7 +239,8 @@ class Source:
         log.warning(
             "Partitions lost: the group went on without this process; is kafka.session_timeout_ms too short?"
         )
-        self._forget(partitions)
+        self._forget(partitions)  # first: what is no longer ours must not be committed
+        self._revoked({tp.partition for tp in partitions})
 
     def _forget(self, partitions: Iterable[TopicPartition]) -> None:
         self._consumer.incremental_unassign(list(partitions))
@@ -260,8 +266,12 @@ class Source:
     def _batch(self, timeout_secs: float) -> list[Record]:
         records: list[Record] = []
         size = 0
-        while len(records) < self._settings.batch_max_records and size < self._settings.batch_max_bytes:
-            wanted = min(FETCH_RECORDS, self._settings.batch_max_records - len(records))
+        room = self._settings.batch_max_bytes
+        while len(records) < self._settings.batch_max_records and size < room:
+            if size:
+                self._record_bytes = 1 + size // len(records)
+            fitting = 1 + (room - size) // self._record_bytes
+            wanted = min(FETCH_RECORDS, fitting, self._settings.batch_max_records - len(records))
             messages = self._consumer.consume(wanted, 0 if records else timeout_secs)
             for message in messages:
                 record = self._record(message)
@@ -288,7 +298,7 @@ class Source:
                 "Raise the topic's retention above the longest stop of tss.",
                 partition,
             )
-            self._consumer.seek(TopicPartition(self._topic, partition, OFFSET_BEGINNING))
+            self._restart_at_oldest(partition)
         elif error.code() in _FATAL_FOR_CONFIG:
             raise ConfigError(f"{_FATAL_FOR_CONFIG[error.code()]}: {error.str()}")
         elif error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
@@ -296,6 +306,13 @@ class Source:
         else:
             self._note_fault(error.str())
         return None
+
+    def _restart_at_oldest(self, partition: int) -> None:
+        """A partition that fell off its log has stopped, and can only be assigned anew."""
+        fallen = TopicPartition(self._topic, partition)
+        oldest, _ = self._consumer.get_watermark_offsets(fallen, timeout=REQUEST_TIMEOUT_SECS)
+        self._consumer.incremental_unassign([fallen])
+        self._place({partition: oldest})
 
     def pause(self) -> None:
         self._paused = True
@@ -345,7 +362,8 @@ class Source:
             return
         self._partitions_read_at = now_secs
         try:
-            topic = self._admin.list_topics(self._topic, timeout=REQUEST_TIMEOUT_SECS).topics[self._topic]
+            # Asked by the consumer: brokers make a topic that another kind of client asks for.
+            topic = self._consumer.list_topics(self._topic, timeout=REQUEST_TIMEOUT_SECS).topics[self._topic]
         except KafkaException as fault:
             self._note_fault(fault.args[0].str())
             return
@@ -379,14 +397,21 @@ class Source:
 
         A letter that the topic will not take for its size goes without its value: its origin still names the record.
         """
-        failed = self._deliver([(letter, letter.value, False) for letter in letters])
-        too_large = [
-            (letter, b"", True) for letter, error in failed if error.code() == KafkaError.MSG_SIZE_TOO_LARGE
-        ]
-        others = [error for _, error in failed if error.code() != KafkaError.MSG_SIZE_TOO_LARGE]
-        others += [error for _, error in self._deliver(too_large)]
-        if others:
-            raise Unavailable("Kafka", "kafka.dead_letter_topic", f"{self._settings.dlq}: {others[0].str()}")
+        refused = self._deliver([(letter, letter.value, False) for letter in letters])
+        faults = [error for _, error in refused if error.code() != KafkaError.MSG_SIZE_TOO_LARGE]
+        for letter, error in refused:
+            if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                faults += self._deliver_alone(letter)
+        if faults:
+            raise Unavailable("Kafka", "kafka.dead_letter_topic", f"{self._settings.dlq}: {faults[0].str()}")
+
+    def _deliver_alone(self, letter: DeadLetter) -> list[KafkaError]:
+        """Brokers judge letters that were sent together by the size of all: alone it may fit."""
+        for value, cut in ((letter.value, False), (b"", True)):
+            faults = [error for _, error in self._deliver([(letter, value, cut)])]
+            if not faults or faults[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                break
+        return faults
 
     def _deliver(
         self, letters: Sequence[tuple[DeadLetter, bytes, bool]]
