@@ -40,7 +40,11 @@ LAYERS = (
         "pure: values in, values out",
         "consistent wire otlp_json rules judge rows shop kernels policies",
     ),
-    layer("equipment", "settings, metrics, logs: for everything but the core", "config metrics logs clock"),
+    layer(
+        "equipment",
+        "settings, metrics, logs: for everything but the core",
+        "config metrics logs clock crashpoints",
+    ),
     layer(
         "rim",
         "one module per outside thing",

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from tss import config, restore
+from tss import config, crashpoints, restore
 from tss.buffer import Buffer, Recorded, Timers
 from tss.clock import Clock
 from tss.errors import Fenced, Unavailable
@@ -203,6 +203,7 @@ class Writer:
         self._metrics.due_traces.labels(self.name).set(result.due)
         if not result.traces:
             return False
+        crashpoints.passed("after-claim")
         if self._open is None:
             self._number = number
             self._open = OpenSequence(self.id, number, now.mono_secs)
@@ -246,6 +247,7 @@ class Writer:
             sequence.number,
             [(t.trace_id, c, late_upgrade(c)) for t, c in zip(traces, candidates, strict=True)],
         )
+        crashpoints.passed("after-record")
         rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]
         chunks = dict(zip(rows, buffer.payloads([traces[row].trace_id for row in rows]), strict=True))
         for row, (trace, outcome) in enumerate(zip(traces, recorded, strict=True)):
@@ -319,6 +321,7 @@ class Writer:
         buffer.wait_durable()  # step 10
         decided_at = from_millis(self._clock.now().wall_ms)
         repeated = self._land(buffer, sequence, epoch, decided_at)
+        crashpoints.passed("before-release")
         released = buffer.release(  # step 13
             self.id, sequence.owner, sequence.number, sequence.traces, self._settings.redis.trace_ttl_secs
         )
@@ -353,8 +356,10 @@ class Writer:
                 for kind, rows in wanted:
                     if kind not in uploads:
                         uploads[kind] = self._sink.upload(kind, rows)
+                crashpoints.passed("after-upload")
                 for kind, _ in wanted:
                     self._sink.commit(uploads[kind], sequence.owner, sequence.number, epoch)
+                    crashpoints.passed(f"after-{kind}")
                 break
             except Unavailable as fault:
                 if attempt == 0:

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from confluent_kafka import KafkaError
 
-from tss import config
+from tss import config, crashpoints
 from tss.buffer import LAG_SECS, Buffer, Usage
 from tss.clock import Clock
 from tss.errors import LinkLost, Unavailable
@@ -172,6 +172,7 @@ class Ingest:
         clocks = {r.partition: r.timestamp_ms for r in records}
         big = self._oversized(batch.chunks)
         buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
+        crashpoints.passed("after-write")
         self.source.dead_letter(batch.dead)
         self._waiting.append(Acknowledged(now.mono_secs, {r.partition: r.offset + 1 for r in records}))
 

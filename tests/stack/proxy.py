@@ -106,6 +106,11 @@ class RestProxy:
         with self._lock:
             self._faults += [(when, fault) for fault in faults]
 
+    @property
+    def failing(self) -> int:
+        """How many faults still wait for a request."""
+        return len(self._faults)
+
     def _serve(self, request: Request) -> Answer | None:
         with self._lock:
             self.requests.append(request)

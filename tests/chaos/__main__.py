@@ -1,0 +1,71 @@
+"""`python -m tests.chaos [fault ...]`: faults on real processes, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.chaos.faults import BY_NAME, FAULTS, Chaos
+from tests.chaos.report import Run, Series, heading, run_row, summary
+from tests.chaos.runs import ground_for, series
+from tests.stack import Stack, install
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Starts workers, feeds a stream whose truth is known, breaks something, compares the tables.",
+        epilog="Exit code 1 when anything was lost, doubled, split, left behind or never settled. Logs stay in --folder.",
+    )
+    parser.add_argument("faults", nargs="*", metavar="fault", help=f"default: all. {', '.join(BY_NAME)}")
+    parser.add_argument("--runs", type=int, default=10, help="of each fault (default: 10)")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()) % 100_000, help="default: from the clock"
+    )
+    parser.add_argument("--folder", type=Path, help="for logs and embedded data (default: a new one)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--stack", action="store_true", help="Kafka, Redis, MinIO, REST catalog (default)")
+    place.add_argument("--embedded", action="store_true", help="nothing to install; fewer faults")
+    options = parser.parse_args()
+    if unknown := set(options.faults) - set(BY_NAME):
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="tss-chaos-"))
+    print(f"seed {options.seed}, logs in {folder}", flush=True)
+    with ExitStack() as ends:
+        stack = None
+        if not options.embedded:
+            install()
+            stack = Stack.new(owner=os.getpid())
+            ends.callback(stack.down)
+            stack.up()
+        chosen = [BY_NAME[name] for name in options.faults] or list(FAULTS)
+        return _run(chosen, stack, options.runs, options.seed, folder)
+
+
+def _run(chosen: list[Chaos], stack: Stack | None, runs: int, seed: int, folder: Path) -> int:
+    print(heading(), flush=True)
+    done: list[Series] = []
+    for number, fault in enumerate(chosen):
+        if stack is None and fault.where == "stack":
+            print(f"{fault.name}: needs --stack")
+            continue
+        place = folder / fault.name
+        place.mkdir(parents=True, exist_ok=True)
+
+        with ground_for(fault, stack, place) as ground:
+
+            def tell(at: int, run: Run, fault: Chaos = fault, name: str = ground.name) -> None:
+                print(run_row(fault, name, at, run), flush=True)
+
+            done.append(series(fault, ground, runs, seed + number, tell))
+    print("\n" + summary(done))
+    return 0 if all(each.right for each in done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
