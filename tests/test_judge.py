@@ -256,7 +256,7 @@ def test_bits_masks_and_log_times_join_over_chunks() -> None:
         RULES,
     )
     assert summary.errors.tolist() == [True, False]
-    assert summary.roots.tolist() == [False, True]
+    assert (summary.bits & ROOT).astype(bool).tolist() == [False, True]
     assert summary.mask.tolist() == [5, 0]
     assert summary.first_log_ms.tolist() == [100, 7]
     assert summary.last_log_ms.tolist() == [900, 7]

@@ -31,7 +31,7 @@ from tss.clock import Clock
 from tss.errors import Fenced, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics
-from tss.model import NO_START, Claimed, Now, Trigger, Verdict
+from tss.model import ERROR, NO_START, Claimed, Now, Trigger, Verdict
 from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
@@ -304,7 +304,7 @@ class Writer:
                 ),
                 late=late,
                 span_count=pieces.spans,
-                error=bool(summary.errors[row]),
+                error=bool(summary.bits[row] & ERROR),
                 start_ns=None if start == NO_START else start,
                 duration_ms=float(summary.duration_ms[row]),
                 last_log_ms=int(summary.last_log_ms[row]),

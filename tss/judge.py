@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tss.consistent import threshold
-from tss.model import ERROR, FACTS, NO_START, ROOT, Claimed, Trigger, Verdict, decode_origins
+from tss.model import ERROR, FACTS, NO_START, Claimed, Trigger, Verdict, decode_origins
 from tss.rules import RuleSet
 
 FORCE = "force"
@@ -54,24 +54,21 @@ class Summary:
     first_log_ms: NDArray[np.int64]
     last_log_ms: NDArray[np.int64]
 
+    duration_ms: NDArray[np.float64]
+
     def __len__(self) -> int:
         return len(self.spans)
-
-    @property
-    def duration_ms(self) -> NDArray[np.float64]:
-        """Earliest start to latest end; 0 where no span states both or clocks disagree."""
-        known = (self.start_ns != NO_START) & (self.end_ns > self.start_ns)
-        return np.where(known, (self.end_ns - self.start_ns).astype(np.float64) / NS_PER_MS, 0.0)
 
     @property
     def errors(self) -> NDArray[np.bool_]:
         found: NDArray[np.bool_] = (self.bits & ERROR) != 0
         return found
 
-    @property
-    def roots(self) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = (self.bits & ROOT) != 0
-        return found
+
+def _duration_ms(start_ns: NDArray[np.uint64], end_ns: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Earliest start to latest end; 0 where no span states both or clocks disagree."""
+    known = (start_ns != NO_START) & (end_ns > start_ns)
+    return np.where(known, (end_ns - start_ns).astype(np.float64) / NS_PER_MS, 0.0)
 
 
 def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
@@ -82,17 +79,19 @@ def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
     spans = _reduce(np.add, table["spans"].astype(np.int64), at)
     for row in np.flatnonzero(counts > 1).tolist():
         spans[row] = _distinct_spans(traces[row])
-    own = table["randomness"]
+    start_ns = _reduce(np.minimum, table["start_ns"], at)
+    end_ns = _reduce(np.maximum, table["end_ns"], at)
     return Summary(
         spans=spans,
         bits=_reduce(np.bitwise_or, table["bits"], at),
-        start_ns=_reduce(np.minimum, table["start_ns"], at),
-        end_ns=_reduce(np.maximum, table["end_ns"], at),
-        randomness=_stated_randomness(traces, own, at),
+        start_ns=start_ns,
+        end_ns=end_ns,
+        randomness=_stated_randomness(traces, table["randomness"], at),
         mask=_reduce(np.bitwise_or, table["mask"], at),
         stale=_reduce(np.logical_or, table["rules"] != rules.version, at),
         first_log_ms=_reduce(np.minimum, table["log_time_ms"], at),
         last_log_ms=_reduce(np.maximum, table["log_time_ms"] + table["log_span_ms"], at),
+        duration_ms=_duration_ms(start_ns, end_ns),
     )
 
 

@@ -179,16 +179,12 @@ def encode_origins(origins: Iterable[Origin]) -> bytes:
 
 def decode_origins(data: bytes) -> Iterator[Origin]:
     """Inverse of `encode_origins`."""
-    at = 0
-    while at < len(data):
-        partition, at = _get_varint(data, at)
-        count, at = _get_varint(data, at)
+    values = _varints(data)
+    for partition in values:
         offset = 0
-        for _ in range(count):
-            distance, at = _get_varint(data, at)
-            spans, at = _get_varint(data, at)
-            offset += distance
-            yield Origin(partition, offset, spans)
+        for _ in range(next(values)):
+            offset += next(values)
+            yield Origin(partition, offset, next(values))
 
 
 def _put_varint(out: bytearray, value: int) -> None:
@@ -198,15 +194,15 @@ def _put_varint(out: bytearray, value: int) -> None:
     out.append(value)
 
 
-def _get_varint(data: bytes, at: int) -> tuple[int, int]:
+def _varints(data: bytes) -> Iterator[int]:
     value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
+    for byte in data:
         if byte < 0x80:
-            return value, at
-        shift += 7
+            yield value | byte << shift
+            value = shift = 0
+        else:
+            value |= (byte & 0x7F) << shift
+            shift += 7
 
 
 def format_records(records: Iterable[tuple[int, int]]) -> str:
