@@ -531,6 +531,24 @@ def test_a_broker_comes_back(stack: Stack, real_kafka: Kafka) -> None:
     assert numbers(reader.read(2)) == [2, 3]
 
 
+@pytest.mark.stack
+def test_the_end_is_known_after_a_restart_of_the_broker(stack: Stack, real_kafka: Kafka) -> None:
+    """Partitions come back with another leader epoch; the question where they end is answered again all the same."""
+    real_kafka.produce(2)
+    reader = real_kafka.reader()
+    reader.read(2)
+    reader.source.ask_ends(1)
+    assert ends_of(reader.source).high == {0: 2}
+    stack.kafka.kill()
+    stack.kafka.start()
+
+    def answered() -> bool:
+        reader.source.ask_ends(2)
+        return ends_of(reader.source).high == {0: 2}
+
+    eventually(answered)
+
+
 # --- dead letters ------------------------------------------------------------------------------------------------
 
 

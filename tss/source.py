@@ -11,6 +11,7 @@ All methods belong to one thread: rebalances are served inside `poll`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,14 @@ _FATAL_FOR_CONFIG = {
     KafkaError.SASL_AUTHENTICATION_FAILED: "kafka.sasl_username / kafka.sasl_password",
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "kafka.input_topic",
     KafkaError.GROUP_AUTHORIZATION_FAILED: "kafka.consumer_group",
+}
+
+# After a restart of a broker its partitions have another leader or epoch. A consumer notices; the client that asks for
+# ends does not, and would be refused for ever, until it looks the topic up again.
+_LEADER_MOVED = {
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
 }
 
 
@@ -346,11 +355,16 @@ class Source:
         asked_ms, futures = self._ends_request
         self._ends_request = None
         high: dict[int, int] = {}
+        moved = False
         for tp, future in futures.items():
             try:
                 high[tp.partition] = future.result().offset
             except KafkaException as fault:
                 self._note_fault(fault.args[0].str())
+                moved |= fault.args[0].code() in _LEADER_MOVED
+        if moved:
+            with contextlib.suppress(KafkaException):
+                self._admin.list_topics(self._topic, timeout=REQUEST_TIMEOUT_SECS)
         if high:
             self._heard()
         return Ends(asked_ms, high)
