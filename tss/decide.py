@@ -113,6 +113,7 @@ class Writer:
         self._number = 0
         self._average_spans = 1.0
         self._open: OpenSequence | None = None
+        self._landing: OpenSequence | None = None
         self._next_adoption = 0.0
         self.id: str | None = None
         self.fault: str | None = "not born yet"
@@ -120,10 +121,17 @@ class Writer:
         self.stalled: tuple[int, ...] = ()
         self.clock_ms: int | None = None
         self.due = 0
+        metrics.open_sequence_age.labels(name).set_function(self._open_age_secs)
 
     @property
     def open_since_secs(self) -> float | None:
-        return self._open.opened_secs if self._open else None
+        """Of what is claimed or on its way to the tables: it grows while the storage is away."""
+        sequence = self._landing or self._open
+        return sequence.opened_secs if sequence else None
+
+    def _open_age_secs(self) -> float:
+        since_secs = self.open_since_secs
+        return 0.0 if since_secs is None else self._clock.now().mono_secs - since_secs
 
     # --- one round ---
 
@@ -134,7 +142,6 @@ class Writer:
             self._next_adoption = now.mono_secs + self._settings.app.lease_secs / 3
             self._adopt(buffer, now)
         more = self._claim(buffer, now)
-        age = 0.0
         if self._open is not None:
             age = now.mono_secs - self._open.opened_secs
             storage = self._settings.storage
@@ -144,7 +151,6 @@ class Writer:
             if full or age >= storage.flush_interval_secs:
                 sequence, self._open = self._open, None
                 self._finish(buffer, sequence)
-        self._metrics.open_sequence_age.labels(self.name).set(age)
         return more
 
     def flush(self) -> None:
@@ -168,7 +174,7 @@ class Writer:
             log.warning("Writer %s begins anew: %s", self.id, fault)
         if self._buffer is not None:
             self._buffer.close()
-        self.id = self._buffer = self._open = None
+        self.id = self._buffer = self._open = self._landing = None
         self.fault = str(fault)
 
     # --- step 6: birth ---
@@ -316,6 +322,7 @@ class Writer:
 
     def _finish(self, buffer: Buffer, sequence: OpenSequence) -> None:
         assert self.id is not None
+        self._landing = sequence
         epoch = buffer.epoch or ""
         started = self._clock.now().mono_secs
         buffer.wait_durable()  # step 10
@@ -325,6 +332,7 @@ class Writer:
         released = buffer.release(  # step 13
             self.id, sequence.owner, sequence.number, sequence.traces, self._settings.redis.trace_ttl_secs
         )
+        self._landing = None
         self._metrics.flush_seconds.observe(self._clock.now().mono_secs - started)
         self._count(sequence, repeated)
         log.info(
