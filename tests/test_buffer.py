@@ -28,6 +28,8 @@ from tss.model import Chunks, Origin, Record, Trigger, Verdict, encode_origins
 from tss.rules import RuleSet
 from tss.wire import decode
 
+pytestmark = pytest.mark.embedded
+
 T0 = 1_760_000_000_000
 TIMERS = Timers(inactivity_ms=1_000, root_wait_ms=None, max_duration_ms=60_000, stall_ms=300_000)
 LEASE_SECS = 60.0

@@ -36,6 +36,8 @@ from tss.query import (
 )
 from tss.query_worker import plain
 
+pytestmark = pytest.mark.embedded
+
 T = TypeVar("T")
 
 START_MS = 1_795_255_200_000  # 2026-11-21T10:00:00Z

@@ -31,6 +31,8 @@ from tss.rules import RuleSet
 from tss.sink import Sink
 from tss.wire import decode
 
+pytestmark = pytest.mark.embedded
+
 T0_MS = 1_760_000_000_000
 TTL_SECS = 100.0
 LEASE_SECS = 60.0

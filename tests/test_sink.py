@@ -40,6 +40,8 @@ from tss.model import Trigger, Verdict
 from tss.rows import DECISIONS, SPANS, Decision, decision_table
 from tss.sink import Kind, Sink
 
+pytestmark = pytest.mark.embedded
+
 GROUP = "fleet"
 EPOCH = "life-1"
 T0 = datetime(2026, 11, 21, 23, 59, 59, tzinfo=UTC)

@@ -53,7 +53,7 @@ class Parts:
         producer = Producer({"bootstrap.servers": self.brokers, "linger.ms": 5, "log_level": 2})
         failed: list[Any] = []
         for partition, value, at_ms in records:
-            stamp = {} if at_ms is None else {"timestamp": at_ms}
+            stamp: dict[str, Any] = {} if at_ms is None else {"timestamp": at_ms}
             producer.produce(
                 self.topic,
                 value,

@@ -106,12 +106,19 @@ def test_start_up_says_each_promised_line_in_order(parts: Parts, worker: Worker)
 
 def test_the_producer_prints_what_the_plan_shows(parts: Parts, worker: Worker) -> None:
     """Ten traces, every third with an error, one line each with partition and offset, and the sum."""
+    before = total([worker], "tail_sampling_traces_ingested_total")
     lines = produce(parts).splitlines()
     assert lines[:2] == ["=== Simple Trace Producer ===", "Sending traces..."]
     for number, line in enumerate(lines[2:12]):
         kind = "ERROR" if number % 3 == 0 else "OK"
         assert re.fullmatch(rf"  \[{kind}\] Trace {number} -> partition \d+, offset \d+", line), line
     assert lines[12:] == ["Done! Sent 10 traces (4 with errors)"]
+    # The next tests count what they send themselves.
+    wait_for(
+        lambda: total([worker], "tail_sampling_traces_ingested_total") >= before + 10,
+        60,
+        lambda: worker.log[-2000:],
+    )
 
 
 def test_scenario_a_errors_are_kept(parts: Parts, worker: Worker) -> None:

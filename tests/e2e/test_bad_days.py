@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, TracesData
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Status, TracesData
 
 from tests.e2e.conftest import PARTITIONS, both
 from tests.e2e.parts import Parts, Worker, total, wait_for
@@ -135,7 +135,7 @@ def test_late_spans_follow_the_verdict_of_their_trace(parts: Parts) -> None:
         lambda: total([worker], "tail_sampling_traces_ingested_total") >= 3, 60, lambda: worker.log[-3000:]
     )
 
-    turned.spans[3].status.code = 2
+    turned.spans[3].status.code = Status.STATUS_CODE_ERROR
     parts.produce(
         [(i + 3, record("shop", *t.spans[2:]), None) for i, t in enumerate((kept, dropped, turned))]
     )
@@ -201,7 +201,7 @@ def test_a_trace_over_its_limit_is_judged_early_and_the_rest_follows(parts: Part
     """Past app.max_trace_spans a trace is judged at once (max_size); what comes after is written under that verdict."""
     rng = random.Random(SEED)
     trace = make_trace(rng, time.time_ns(), reason="error", spans=900)
-    trace.spans[0].status.code = 2
+    trace.spans[0].status.code = Status.STATUS_CODE_ERROR
     worker = parts.worker(app__inactivity_timeout_secs=30, app__max_trace_spans=500).ready()
     for begin in range(0, 900, 100):
         parts.produce([(begin // 100 % PARTITIONS, record("shop", *trace.spans[begin : begin + 100]), None)])
