@@ -7,12 +7,14 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
 from tests.chaos.faults import BY_NAME, FAULTS, Chaos
 from tests.chaos.report import Run, Series, heading, run_row, summary
 from tests.chaos.runs import ground_for, series
+from tests.chaos.soak import memory_report, soak
 from tests.stack import Stack, install
 
 
@@ -28,6 +30,9 @@ def main() -> int:
         "--seed", type=int, default=int(time.time()) % 100_000, help="default: from the clock"
     )
     parser.add_argument("--folder", type=Path, help="for logs and embedded data (default: a new one)")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="all faults mixed, memory watched, instead"
+    )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--stack", action="store_true", help="Kafka, Redis, MinIO, REST catalog (default)")
     place.add_argument("--embedded", action="store_true", help="nothing to install; fewer faults")
@@ -43,6 +48,8 @@ def main() -> int:
             stack = Stack.new(owner=os.getpid())
             ends.callback(stack.down)
             stack.up()
+        if options.soak:
+            return _soak(options.soak, stack, options.seed, folder)
         chosen = [BY_NAME[name] for name in options.faults] or list(FAULTS)
         return _run(chosen, stack, options.runs, options.seed, folder)
 
@@ -72,6 +79,16 @@ def _run(chosen: list[Chaos], stack: Stack | None, runs: int, seed: int, folder:
     if given_up:
         print(f"given up: {', '.join(given_up)}")
     return 0 if not given_up and all(each.right for each in done) else 1
+
+
+def _soak(minutes: float, stack: Stack | None, seed: int, folder: Path) -> int:
+    with ground_for(BY_NAME["none"], stack, folder) as ground:
+        result, samples, done = soak(ground, minutes, seed)
+    memory, flat = memory_report(samples)
+    print(f"{len(done)} faults: " + ", ".join(f"{n}x {name}" for name, n in Counter(done).most_common()))
+    print(memory + ("" if flat else "  GROWN"))
+    print(summary([result]))
+    return 0 if flat and result.right else 1
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.chaos.faults import Chaos
 from tests.chaos.fleet import Fleet, Ground, embedded_ground, stack_ground
 from tests.chaos.report import Run, Series
-from tests.chaos.truth import Stream, compare
+from tests.chaos.truth import Outcome, Stream, compare
 from tests.e2e.conftest import PARTITIONS
 from tests.e2e.traces import Trace
 from tests.stack import Stack
@@ -64,12 +64,19 @@ def one_run(fault: Chaos, fleet: Fleet, seed: int) -> tuple[Run, list[Trace]]:
         except AssertionError as broken:
             failed.append(str(broken))
         time.sleep(AFTER_SECS)
-    began = time.monotonic()
-    settled: float | None = None
-    while settled is None and time.monotonic() < began + SETTLE_SECS:
-        time.sleep(LOOK_SECS)
-        outcome = compare(stream.traces, ground.tables)
-        if outcome.lost == 0:
-            settled = time.monotonic() - began
+    outcome, settled_secs = settle(stream.traces, ground)
     outcome.faults += failed
-    return Run(seed, outcome, settled), stream.traces
+    return Run(seed, outcome, settled_secs), stream.traces
+
+
+def settle(traces: Sequence[Trace], ground: Ground) -> tuple[Outcome, float | None]:
+    """Waits until nothing is missing; what the tables say then, and how long it took (None: it never came)."""
+    began = time.monotonic()
+    while True:
+        time.sleep(LOOK_SECS)
+        outcome = compare(traces, ground.tables)
+        passed_secs = time.monotonic() - began
+        if outcome.lost == 0:
+            return outcome, passed_secs
+        if passed_secs > SETTLE_SECS:
+            return outcome, None

@@ -1,0 +1,123 @@
+"""A steady stream for minutes or hours, one fault after another, memory watched; at the end the truth, as always."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import redis
+
+from tests.chaos.faults import FAULTS, Chaos
+from tests.chaos.fleet import Fleet, Ground
+from tests.chaos.report import Run, Series
+from tests.chaos.runs import IDLE_SECS, TRACES_PER_SEC, settle
+from tests.chaos.truth import Stream, compare
+from tests.e2e.conftest import PARTITIONS
+
+WORKERS = 2
+PAUSE_SECS = (2.0, 8.0)  # between two faults: some find a calm fleet, some one that still recovers
+SAMPLE_SECS = 2.0
+GROWN = 1.5  # how much more the last third may need than the first, at its peak
+
+
+@dataclass(frozen=True)
+class Sample:
+    at_secs: float
+    worker_bytes: int
+    """Resident memory of the largest worker."""
+    redis_bytes: int
+    """What Redis counts as used, for all it holds."""
+
+
+class Sampler:
+    """Looks at memory now and then while the block lasts."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.samples: list[Sample] = []
+        self._fleet = fleet
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler")
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._stop.wait(SAMPLE_SECS):
+            workers = [resident_bytes(w.process.pid) for w in list(self._fleet.workers)]
+            try:
+                with redis.Redis.from_url(self._fleet.ground.redis_url, socket_timeout=1) as client:
+                    used = int(client.info("memory")["used_memory"])
+            except redis.RedisError:
+                continue  # it is down just now
+            self.samples.append(Sample(time.monotonic() - began, max(workers, default=0), used))
+
+
+def resident_bytes(pid: int) -> int:
+    """0 when the process is gone."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as status:  # noqa: PTH123 - no Path for what is no file
+            lines = [line for line in status if line.startswith("VmRSS:")]
+    except OSError:
+        return 0
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def soak(ground: Ground, minutes: float, seed: int) -> tuple[Series, list[Sample], list[str]]:
+    """All faults that this ground allows, in random order, again and again."""
+    rng = random.Random(seed)
+    fleet = Fleet(ground, rng)
+    possible = [f for f in FAULTS if f.where == "anywhere" or f.where == ground.name]
+    done: list[str] = []
+    broken: list[str] = []
+    try:
+        fleet.scale(WORKERS)
+        end = time.monotonic() + minutes * 60
+        with (
+            Sampler(fleet) as sampler,
+            Stream(ground.brokers, ground.topic, PARTITIONS, TRACES_PER_SEC, seed) as stream,
+        ):
+            while time.monotonic() < end:
+                fault = rng.choice(possible)
+                done.append(fault.name)
+                try:
+                    fault.do(fleet)
+                except AssertionError as failed:
+                    broken.append(f"{fault.name}: {failed}")
+                fleet.scale(WORKERS)
+                time.sleep(rng.uniform(*PAUSE_SECS))
+            stream.stop()
+            outcome, settled_secs = settle(stream.traces, ground)
+        time.sleep(IDLE_SECS)
+        total = compare(stream.traces, ground.tables)
+        total.faults += broken
+        run = Run(seed, outcome, settled_secs)
+        return (
+            Series(Chaos("soak", lambda _: None), ground.name, [run], total, fleet.leftovers()),
+            sampler.samples,
+            done,
+        )
+    finally:
+        fleet.close()
+
+
+def memory_report(samples: Sequence[Sample]) -> tuple[str, bool]:
+    """Peaks by third, and whether the last is still near the first."""
+    third = max(1, len(samples) // 3)
+    parts = [samples[:third], samples[third : 2 * third], samples[2 * third :]]
+    workers = [max((s.worker_bytes for s in part), default=0) for part in parts]
+    servers = [max((s.redis_bytes for s in part), default=0) for part in parts]
+    lines = [
+        f"peak memory of {name}, by third: " + ", ".join(f"{peak / (1 << 20):.0f} MiB" for peak in peaks)
+        for name, peaks in (("the largest worker", workers), ("Redis", servers))
+    ]
+    flat = all(0 < peaks[-1] <= GROWN * peaks[0] for peaks in (workers, servers))
+    return "\n".join(lines), flat
