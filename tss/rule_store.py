@@ -41,7 +41,8 @@ REVISION = "#revision"
 LISTEN_SECS = 0.25  # one wait for a message; also how long `run` may take to notice `stop`
 BACKOFF_FIRST_SECS = 0.2
 BACKOFF_MAX_SECS = 5.0
-CHANGE_ATTEMPTS = 10  # of a compare-and-set; people change rules, so one collision is already rare
+CHANGE_ATTEMPTS = 50  # of a compare-and-set; people change rules, so one collision is already rare
+CHANGE_PAUSE_SECS = 0.01  # at most, between two of them: two that collided must not go on in step
 
 # KEYS[1] the hash. Each answers with the new revision, or with a word that says why nothing was done. The client may
 # send one again when the answer was lost; an addition then meets itself: `same`.
@@ -272,6 +273,7 @@ class RuleStore:
             changed = change(rule)
             if self._eval(_REPLACE, rule_id, seen, changed.model_dump_json()) != "changed":
                 return changed
+            time.sleep(random.uniform(0, CHANGE_PAUSE_SECS))
         raise BadRequest(f"others keep changing the rule {rule_id!r}; try again", status=409)
 
     def _stored(self, rule_id: str) -> str | None:
