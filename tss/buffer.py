@@ -532,7 +532,8 @@ class Buffer:
         lows = []
         for epoch, oldest in self._all(commands).values():
             if (epoch or b"").decode() != (self.epoch or ""):
-                raise LinkLost(f"the epoch changed from {self.epoch} to {epoch}")
+                now = epoch.decode() if epoch else "none"
+                raise LinkLost(f"the epoch changed from {self.epoch} to {now}")
             if oldest:
                 lows.append(int(float(oldest[1])))
         return min(lows, default=None)

@@ -83,7 +83,9 @@ class Writer:
         clock: Clock,
         stop: threading.Event,
         restoring: AbstractContextManager[object],
+        adopts: bool = True,
     ) -> None:
+        """With `adopts` off, abandoned claims are left to others: one writer a process is enough to look for them."""
         app, sampling = settings.app, settings.sampling
         self.name = name
         self._settings = settings
@@ -96,6 +98,7 @@ class Writer:
         self._metrics = metrics
         self._clock = clock
         self._stop = stop
+        self._adopts = adopts
         self._restoring = restoring  # one restore at a time in a process; across processes two end well, too
         self._timers = Timers(
             inactivity_ms=int(app.inactivity_timeout_secs * 1000),
@@ -138,7 +141,7 @@ class Writer:
     def step(self, now: Now) -> bool:
         """Returns whether there is more to do at once. Raises LinkLost, Fenced or Unavailable; then call `die`."""
         buffer = self._living()
-        if self._open is None and now.mono_secs >= self._next_adoption:
+        if self._adopts and self._open is None and now.mono_secs >= self._next_adoption:
             self._next_adoption = now.mono_secs + self._settings.app.lease_secs / 3
             self._adopt(buffer, now)
         more = self._claim(buffer, now)
@@ -320,7 +323,8 @@ class Writer:
 
     # --- steps 10 to 13: durable, upload, commit, release ---
 
-    def _finish(self, buffer: Buffer, sequence: OpenSequence) -> None:
+    def _finish(self, buffer: Buffer, sequence: OpenSequence) -> bool:
+        """False when another had finished it already."""
         assert self.id is not None
         self._landing = sequence
         epoch = buffer.epoch or ""
@@ -334,6 +338,9 @@ class Writer:
         )
         self._landing = None
         self._metrics.flush_seconds.observe(self._clock.now().mono_secs - started)
+        if not released and sequence.traces:
+            log.info("Sequence %d of writer %s was finished by another", sequence.number, sequence.owner)
+            return False
         self._count(sequence, repeated)
         log.info(
             "Decided %d traces, kept %d",
@@ -346,6 +353,7 @@ class Writer:
                 "released": released,
             },
         )
+        return True
 
     def _land(self, buffer: Buffer, sequence: OpenSequence, epoch: str, decided_at: datetime) -> int:
         """Steps 11 and 12, again and again until both tables have the sequence; returns spans sent twice."""
@@ -415,5 +423,5 @@ class Writer:
             log.info("Taking over sequence %d of writer %s", number, owner, extra={"traces": len(traces)})
             sequence = OpenSequence(owner, number, now.mono_secs)
             self._decide(buffer, sequence, traces)
-            self._finish(buffer, sequence)
-            self._metrics.takeovers.inc()
+            if self._finish(buffer, sequence):
+                self._metrics.takeovers.inc()

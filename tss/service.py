@@ -81,7 +81,7 @@ class Service:
             metrics=self.metrics,
             clock=self._clock,
         )
-        self.writers = [self._writer(str(number)) for number in range(settings.app.evaluation_workers)]
+        self.writers = [self._writer(number) for number in range(settings.app.evaluation_workers)]
         self._serve()
 
         log.info("Initializing Iceberg storage backend")
@@ -118,9 +118,9 @@ class Service:
             redis = redis.model_copy(update={"url": server.url})
         return self.settings.model_copy(update={"kafka": kafka, "redis": redis})
 
-    def _writer(self, name: str) -> Writer:
+    def _writer(self, number: int) -> Writer:
         return Writer(
-            name,
+            str(number),
             self.settings,
             connect=self._connect,
             sink=self.sink,
@@ -132,6 +132,7 @@ class Service:
             clock=self._clock,
             stop=self._stop,
             restoring=self._restoring,
+            adopts=number == 0,
         )
 
     def _source(self, revoked: Callable[[set[int]], None]) -> Source:
