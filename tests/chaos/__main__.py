@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.faults) - set(BY_NAME):
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    for number in (signal.SIGTERM, signal.SIGINT):  # a background job of a shell ignores the latter
+        signal.signal(number, signal.default_int_handler)  # so that workers and parts are ended
     folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="tss-chaos-"))
     print(f"seed {options.seed}, logs in {folder}", flush=True)
     with ExitStack() as ends:

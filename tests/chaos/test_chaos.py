@@ -18,13 +18,16 @@ from pyiceberg.catalog.sql import SqlCatalog
 
 from tests.chaos.faults import BY_NAME
 from tests.chaos.fleet import Fleet, embedded_ground, stack_ground
-from tests.chaos.runs import one_run
-from tests.chaos.truth import Tables, compare
+from tests.chaos.runs import one_run, settle
+from tests.chaos.truth import Stream, Tables, compare
+from tests.e2e.conftest import PARTITIONS
+from tests.e2e.parts import wait_for
 from tests.e2e.traces import Trace, make_trace
-from tests.stack import Stack
+from tests.stack import Fault, Stack
 
 SEED = 20261121
 WORKERS = 2
+WAITED_SECS = 4.0  # more than a sequence is held open for when nothing fails
 
 on_embedded = pytest.mark.embedded
 on_stack = pytest.mark.stack
@@ -71,6 +74,31 @@ def test_a_fault_costs_nothing(embedded_fleet: Fleet, name: str) -> None:
 def test_a_fault_of_a_real_part_costs_nothing(stack_fleet: Fleet, name: str) -> None:
     """Nothing is lost, doubled or split when Redis forgets, the catalog's answers are lost, or a zombie wakes up."""
     survives(name, stack_fleet)
+
+
+@on_stack
+def test_a_decided_batch_that_waits_is_told(stack_fleet: Fleet) -> None:
+    """While the catalog refuses, /health and the metric say for how long the oldest open sequence has waited."""
+    stack_fleet.scale(1)
+    (worker,) = stack_fleet.workers
+    proxy = stack_fleet.ground.proxy
+    assert proxy is not None
+
+    def told() -> bool:
+        age = worker.request("GET", "/health")[1]["pipeline"]["oldest_open_sequence_age_secs"] or 0
+        metrics = worker.metrics()
+        ages = [
+            v for name, v in metrics.items() if name.startswith("tail_sampling_open_sequence_age_seconds")
+        ]
+        return age > WAITED_SECS and max(ages) > WAITED_SECS
+
+    with Stream(stack_fleet.ground.brokers, stack_fleet.ground.topic, PARTITIONS, 20, SEED + 2) as stream:
+        proxy.fail_next(*[Fault(500, lands="never")] * 10_000, when=lambda _: True)
+        wait_for(told, 60, lambda: (worker.request("GET", "/health"), worker.log[-2000:]))
+        proxy.mend()
+    outcome, settled_secs = settle(stream.traces, stack_fleet.ground)
+    assert settled_secs is not None
+    assert outcome.right, outcome
 
 
 @on_embedded

@@ -111,6 +111,11 @@ class RestProxy:
         """How many faults still wait for a request."""
         return len(self._faults)
 
+    def mend(self) -> None:
+        """Forgets the faults that have not struck yet."""
+        with self._lock:
+            self._faults.clear()
+
     def _serve(self, request: Request) -> Answer | None:
         with self._lock:
             self.requests.append(request)
