@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -13,7 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.chaos.faults import BY_NAME, FAULTS, Chaos
-from tests.chaos.report import Run, Series, heading, run_row, summary
+from tests.chaos.fleet import Fleet
+from tests.chaos.report import Series, heading, run_rows, summary
 from tests.chaos.runs import ground_for, series
 from tests.chaos.soak import memory_report, soak
 from tests.stack import Stack, install
@@ -67,17 +69,15 @@ def _run(chosen: list[Chaos], stack: Stack | None, runs: int, seed: int, folder:
             continue
         place = folder / fault.name
         place.mkdir(parents=True, exist_ok=True)
-
-        with ground_for(fault, stack, place) as ground:
-
-            def tell(at: int, run: Run, fault: Chaos = fault, name: str = ground.name) -> None:
-                print(run_row(fault, name, at, run), flush=True)
-
+        with ground_for(fault, stack, place) as ground, Fleet(ground, random.Random(seed + number)) as fleet:
             try:
-                done.append(series(fault, ground, runs, seed + number, tell))
+                result = series(fault, fleet, runs, seed + number)
             except AssertionError as broken:
                 print(f"{fault.name}: given up: {broken}", flush=True)
                 given_up.append(fault.name)
+            else:
+                print(run_rows(result), flush=True)
+                done.append(result)
     print("\n" + summary(done))
     if given_up:
         print(f"given up: {', '.join(given_up)}")
@@ -85,8 +85,8 @@ def _run(chosen: list[Chaos], stack: Stack | None, runs: int, seed: int, folder:
 
 
 def _soak(minutes: float, stack: Stack | None, seed: int, folder: Path) -> int:
-    with ground_for(BY_NAME["none"], stack, folder) as ground:
-        result, samples, done = soak(ground, minutes, seed)
+    with ground_for(BY_NAME["none"], stack, folder) as ground, Fleet(ground, random.Random(seed)) as fleet:
+        result, samples, done = soak(fleet, minutes, seed)
     memory, flat = memory_report(samples)
     print(f"{len(done)} faults: " + ", ".join(f"{n}x {name}" for name, n in Counter(done).most_common()))
     print(memory + ("" if flat else "  GROWN"))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import redis
 from confluent_kafka.admin import AdminClient
@@ -239,7 +241,12 @@ class Fleet:
     def any(self) -> Worker:
         return self.rng.choice(self.workers)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for worker in self.workers:
             worker.kill()
 

@@ -10,59 +10,56 @@ from tests.chaos.truth import Outcome
 
 
 @dataclass(frozen=True)
-class Run:
-    """`settled_secs`: from the end of the stream until the tables were right; None when they never were."""
-
-    seed: int
-    outcome: Outcome
-    settled_secs: float | None
-
-
-@dataclass
 class Series:
+    """The runs of one fault. `settled_secs`: from the end of the stream until nothing was missing; None = never."""
+
     fault: Chaos
     ground: str
-    runs: list[Run]
-    total: Outcome
+    runs: list[Outcome]
+    settled_secs: float | None
     leftovers: list[str]
 
     @property
+    def total(self) -> Outcome:
+        return sum(self.runs, Outcome())
+
+    @property
     def right(self) -> bool:
-        return (
-            self.total.right and not self.leftovers and all(run.settled_secs is not None for run in self.runs)
-        )
+        return self.total.right and not self.leftovers and self.settled_secs is not None
 
 
 NUMBERS = ("traces", "kept", "lost", "doubled", "split", "late_upgraded", "cut")
-_WIDTHS = (24, 9, 6, 7, 6, 6, 8, 6, 14, 5)
+_WIDTHS = (22, 8, 5, 7, 6, 5, 7, 5, 13, 6)
 
 
-def row(*cells: object) -> str:
-    return "  ".join(str(cell).ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)).rstrip()
+def _row(*cells: object) -> str:
+    return "  ".join(str(cell).ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False))
 
 
-def heading(*more: str) -> str:
-    return row("fault", "ground", "runs", *(name.replace("_", "-") for name in NUMBERS), *more)
+def _numbers(outcome: Outcome) -> list[int]:
+    return [getattr(outcome, name) for name in NUMBERS]
 
 
-def run_row(fault: Chaos, ground: str, number: int, run: Run) -> str:
-    settled = "NEVER" if run.settled_secs is None else f"{run.settled_secs:.1f} s"
-    numbers = (getattr(run.outcome, name) for name in NUMBERS)
-    cells = row(fault.name, ground, f"#{number}", *numbers)
-    return "\n".join(
-        [f"{cells}  settled after {settled}, seed {run.seed}", *(f"    {f}" for f in run.outcome.faults)]
-    )
+def heading() -> str:
+    return _row("fault", "ground", "runs", *(name.replace("_", "-") for name in NUMBERS)) + "  settled"
 
 
-def summary(series: Sequence[Series]) -> str:
-    lines = [heading() + "  settled (worst)  the Collector loses"]
-    for each in series:
-        times = [run.settled_secs for run in each.runs]
-        worst = "NEVER" if None in times else f"{max(filter(None, times), default=0):.1f} s"
-        numbers = (getattr(each.total, name) for name in NUMBERS)
-        cells = row(each.fault.name, each.ground, len(each.runs), *numbers)
-        lines.append(f"{cells}  {worst:15}  {each.fault.collector}".rstrip())
-        lines += [f"    {fault}" for fault in each.total.faults]
-        if each.leftovers:
-            lines.append(f"    left in Redis: {', '.join(each.leftovers[:5])} ({len(each.leftovers)} keys)")
+def run_rows(series: Series) -> str:
+    lines = []
+    for number, outcome in enumerate(series.runs, 1):
+        lines.append(_row(series.fault.name, series.ground, f"#{number}", *_numbers(outcome)).rstrip())
+        lines += [f"    {fault}" for fault in outcome.faults]
+    return "\n".join(lines)
+
+
+def summary(all_series: Sequence[Series]) -> str:
+    lines = [heading() + "  the Collector loses"]
+    for series in all_series:
+        settled = "NEVER" if series.settled_secs is None else f"{series.settled_secs:.1f} s"
+        cells = _row(series.fault.name, series.ground, len(series.runs), *_numbers(series.total))
+        lines.append(f"{cells}  {settled:7}  {series.fault.collector}".rstrip())
+        lines += [f"    {fault}" for fault in series.total.faults]
+        if series.leftovers:
+            some = ", ".join(series.leftovers[:5])
+            lines.append(f"    left in Redis: {some} ({len(series.leftovers)} keys)")
     return "\n".join(lines)

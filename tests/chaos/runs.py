@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.chaos.faults import Chaos
 from tests.chaos.fleet import Fleet, Ground, embedded_ground, stack_ground
-from tests.chaos.report import Run, Series
-from tests.chaos.truth import Outcome, Stream, compare
+from tests.chaos.report import Series
+from tests.chaos.truth import Stream, compare
 from tests.e2e.conftest import PARTITIONS
 from tests.e2e.traces import Trace
 from tests.stack import Stack
 
 TRACES_PER_SEC = 40.0
-BEFORE_SECS = (1.0, 4.0)  # of stream before the fault: pending, claimed and committed traces are all there
+BEFORE_SECS = (1.0, 5.0)  # of stream before a fault: it finds traces pending, claimed, on their way, written
 AFTER_SECS = 1.5
-SETTLE_SECS = 90.0  # a fleet drains in ten; commits that hang and leases that expire add up
+SETTLE_SECS = 120.0  # a fleet drains in ten; commits that hang and leases that expire add up
 LOOK_SECS = 1.0
 IDLE_SECS = 3.0  # a zombie that would still write does it within that
 
@@ -34,49 +33,44 @@ def ground_for(fault: Chaos, stack: Stack | None, folder: Path) -> Iterator[Grou
             yield ends.enter_context(embedded_ground(folder, small_disks=fault.where == "disks"))
 
 
-def series(fault: Chaos, ground: Ground, runs: int, seed: int, tell: Callable[[int, Run], None]) -> Series:
-    """The same fault again and again on one fleet; at last everything that was ever sent is compared again."""
-    fleet = Fleet(ground, random.Random(seed))
-    done: list[Run] = []
-    sent: list[Trace] = []
-    try:
-        for number in range(1, runs + 1):
-            fleet.scale(fault.workers)
-            result, traces = one_run(fault, fleet, seed * 1000 + number)
-            done.append(result)
-            sent += traces
-            tell(number, result)
-        time.sleep(IDLE_SECS)
-        total = compare(sent, ground.tables)
-        total.faults += [f for run in done for f in run.outcome.faults if f not in total.faults]
-        return Series(fault, ground.name, done, total, fleet.leftovers())
-    finally:
-        fleet.close()
+def series(fault: Chaos, fleet: Fleet, runs: int, seed: int) -> Series:
+    """The same fault again and again while one stream flows, so that it also strikes fleets that still recover.
 
-
-def one_run(fault: Chaos, fleet: Fleet, seed: int) -> tuple[Run, list[Trace]]:
-    ground = fleet.ground
-    failed: list[str] = []
+    A run is a fault with the traces that were begun from the one before it on. Everything is compared after the last.
+    """
+    ground, began, failures = fleet.ground, [], []
+    fleet.scale(fault.workers)
     with Stream(ground.brokers, ground.topic, PARTITIONS, TRACES_PER_SEC, seed) as stream:
-        time.sleep(fleet.rng.uniform(*BEFORE_SECS))
-        try:
-            fault.do(fleet)
-        except AssertionError as broken:
-            failed.append(str(broken))
+        for _ in range(runs):
+            began.append(len(stream.traces))
+            fleet.scale(fault.workers)
+            time.sleep(fleet.rng.uniform(*BEFORE_SECS))
+            failures.append(strike(fault, fleet))
         time.sleep(AFTER_SECS)
-    outcome, settled_secs = settle(stream.traces, ground)
-    outcome.faults += failed
-    return Run(seed, outcome, settled_secs), stream.traces
+    settled_secs = settle(stream.traces, ground)
+    time.sleep(IDLE_SECS)
+    outcomes = []
+    for first, end, failed in zip(began, [*began[1:], len(stream.traces)], failures, strict=True):
+        outcome = compare(stream.traces[first:end], ground.tables)
+        outcome.faults += failed
+        outcomes.append(outcome)
+    return Series(fault, ground.name, outcomes, settled_secs, fleet.leftovers())
 
 
-def settle(traces: Sequence[Trace], ground: Ground) -> tuple[Outcome, float | None]:
-    """Waits until nothing is missing; what the tables say then, and how long it took (None: it never came)."""
+def strike(fault: Chaos, fleet: Fleet) -> list[str]:
+    """What the fault itself found wrong."""
+    try:
+        fault.do(fleet)
+    except AssertionError as broken:
+        return [str(broken)]
+    return []
+
+
+def settle(traces: Sequence[Trace], ground: Ground) -> float | None:
+    """Waits until nothing is missing; how long it took, None when it did not come."""
     began = time.monotonic()
-    while True:
+    while (passed_secs := time.monotonic() - began) < SETTLE_SECS:
         time.sleep(LOOK_SECS)
-        outcome = compare(traces, ground.tables)
-        passed_secs = time.monotonic() - began
-        if outcome.lost == 0:
-            return outcome, passed_secs
-        if passed_secs > SETTLE_SECS:
-            return outcome, None
+        if compare(traces, ground.tables).lost == 0:
+            return passed_secs
+    return None

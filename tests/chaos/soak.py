@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 import redis
 
 from tests.chaos.faults import FAULTS, Chaos
-from tests.chaos.fleet import Fleet, Ground
-from tests.chaos.report import Run, Series
-from tests.chaos.runs import IDLE_SECS, TRACES_PER_SEC, settle
+from tests.chaos.fleet import Fleet
+from tests.chaos.report import Series
+from tests.chaos.runs import IDLE_SECS, TRACES_PER_SEC, settle, strike
 from tests.chaos.truth import Stream, compare
 from tests.e2e.conftest import PARTITIONS
 
@@ -71,42 +70,31 @@ def resident_bytes(pid: int) -> int:
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
-def soak(ground: Ground, minutes: float, seed: int) -> tuple[Series, list[Sample], list[str]]:
-    """All faults that this ground allows, in random order, again and again."""
-    rng = random.Random(seed)
-    fleet = Fleet(ground, rng)
-    possible = [f for f in FAULTS if f.where == "anywhere" or f.where == ground.name]
+def soak(fleet: Fleet, minutes: float, seed: int) -> tuple[Series, list[Sample], list[str]]:
+    """All faults that the fleet's ground allows, in random order, again and again."""
+    ground = fleet.ground
+    possible = [f for f in FAULTS if f.where in ("anywhere", ground.name)]
     done: list[str] = []
     broken: list[str] = []
-    try:
-        fleet.scale(WORKERS)
-        end = time.monotonic() + minutes * 60
-        with (
-            Sampler(fleet) as sampler,
-            Stream(ground.brokers, ground.topic, PARTITIONS, TRACES_PER_SEC, seed) as stream,
-        ):
-            while time.monotonic() < end:
-                fault = rng.choice(possible)
-                done.append(fault.name)
-                try:
-                    fault.do(fleet)
-                except AssertionError as failed:
-                    broken.append(f"{fault.name}: {failed}")
-                fleet.scale(WORKERS)
-                time.sleep(rng.uniform(*PAUSE_SECS))
-            stream.stop()
-            outcome, settled_secs = settle(stream.traces, ground)
-        time.sleep(IDLE_SECS)
-        total = compare(stream.traces, ground.tables)
-        total.faults += broken
-        run = Run(seed, outcome, settled_secs)
-        return (
-            Series(Chaos("soak", lambda _: None), ground.name, [run], total, fleet.leftovers()),
-            sampler.samples,
-            done,
-        )
-    finally:
-        fleet.close()
+    fleet.scale(WORKERS)
+    end = time.monotonic() + minutes * 60
+    with (
+        Sampler(fleet) as sampler,
+        Stream(ground.brokers, ground.topic, PARTITIONS, TRACES_PER_SEC, seed) as stream,
+    ):
+        while time.monotonic() < end:
+            fault = fleet.rng.choice(possible)
+            done.append(fault.name)
+            broken += [f"{fault.name}: {what}" for what in strike(fault, fleet)]
+            fleet.scale(WORKERS)
+            time.sleep(fleet.rng.uniform(*PAUSE_SECS))
+        stream.stop()
+        settled_secs = settle(stream.traces, ground)
+    time.sleep(IDLE_SECS)
+    outcome = compare(stream.traces, ground.tables)
+    outcome.faults += broken
+    result = Series(Chaos("soak", lambda _: None), ground.name, [outcome], settled_secs, fleet.leftovers())
+    return result, sampler.samples, done
 
 
 def memory_report(samples: Sequence[Sample]) -> tuple[str, bool]:
