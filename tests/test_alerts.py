@@ -41,6 +41,16 @@ def test_every_rule_is_shown_to_fire() -> None:
     assert [r["alert"] for r in RULES if f'alertname="{r["alert"]}"' not in expected] == []
 
 
+def test_compose_loads_the_rules() -> None:
+    """The Prometheus of docker-compose.yml reads them, and scrapes the job that they name."""
+    root = DEPLOY.parent
+    prometheus = yaml.safe_load((root / "prometheus.yml").read_text())
+    volumes = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["prometheus"]["volumes"]
+    assert prometheus["rule_files"] == ["alerts.yml"]
+    assert "./deploy/alerts.yml:/etc/prometheus/alerts.yml:ro" in volumes
+    assert "tss" in [job["job_name"] for job in prometheus["scrape_configs"]]
+
+
 @pytest.mark.stack
 def test_rules_fire_when_they_should() -> None:
     """promtool's own test: every alert fires on its fault, a healthy fleet is left alone."""
