@@ -950,6 +950,33 @@ def test_no_server_is_a_wait(tmp_path: Path) -> None:
         Buffer(config.Redis(url=f"redis://{LOOPBACK}:{free_port()}/0"))
 
 
+def test_a_server_that_still_loads_is_a_wait(own_server: Server) -> None:
+    """After a restart with much data, LOADING is LinkLost as long as it lasts, and no fault of the settings."""
+    (part,) = own_server.parts
+    with own_server.client.pipeline() as pipeline:
+        for key in range(5000):  # while it loads, it looks at its clients after every 1024 commands
+            pipeline.set(key, "x")
+        pipeline.execute()
+    part.stop()
+    part.command += ["--key-load-delay", "500"]  # microseconds
+    part.launch()
+    said: list[str] = []
+
+    def connects() -> bool:
+        try:
+            Buffer(own_server.settings).close()
+        except LinkLost as fault:
+            said.append(str(fault))
+            return False
+        return True
+
+    deadline = time.monotonic() + 30
+    while not connects():
+        assert time.monotonic() < deadline, said[-1]
+        time.sleep(0.05)
+    assert any("LOADING" in text for text in said), said
+
+
 @pytest.mark.parametrize("password", [None, "wrong"])
 def test_a_wrong_password_is_named(own_server: Server, password: str | None) -> None:
     """A missing or wrong password is the operator's to change: the message says where, and not what it was."""

@@ -59,6 +59,8 @@ LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for
 WAITAOF_TIMEOUT_MS = 10_000
 RECEIVE_BYTES = 1 << 18
 ID_BYTES = 16
+# What a server says while it reads its data, waits for its master or runs a long script; anything else is for people.
+PASSING_REFUSALS = ("LOADING ", "BUSY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MISCONF ")
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
 OPEN_CLAIMS_SCANNED = 4  # times the claim limit: how far past claimed traces the duration timer looks
@@ -361,7 +363,8 @@ class Link:
         about, *replies = self.send([("INFO", "server"), *(("SCRIPT", "LOAD", s.text) for s in SCRIPTS)])
         for reply in (about, *replies):
             if isinstance(reply, Exception):
-                raise self._refused(reply) from reply
+                passing = str(reply).startswith(PASSING_REFUSALS)
+                raise (self._ended if passing else self._refused)(reply) from reply
         self.run_id = _fields(about)["run_id"]
 
     def _refused(self, fault: Exception) -> ConfigError:
