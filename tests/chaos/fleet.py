@@ -219,9 +219,12 @@ class Fleet:
 
     def await_ready(self, worker: Worker) -> None:
         """Longer than a test would wait: a fleet of several starts at once, beside whatever else this machine does."""
-        wait_for(
-            lambda: worker.request("GET", "/health/ready")[0] == 200, READY_SECS, lambda: worker.log[-4000:]
-        )
+
+        def ready() -> bool:
+            assert worker.process.poll() is None, f"it ended by itself: {worker.log[-4000:]}"
+            return worker.request("GET", "/health/ready")[0] == 200
+
+        wait_for(ready, READY_SECS, lambda: worker.log[-4000:])
 
     def stop(self, worker: Worker) -> float:
         """SIGTERM; seconds until it was gone. Exit code 0 within the deadline is demanded."""
