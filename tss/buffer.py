@@ -681,7 +681,7 @@ class Buffer:
                 writer, _, sequence = name.decode().rpartition(":")
                 if writer.encode() not in live:
                     found.add((writer, int(sequence)))
-        for writer in expired:
+        for writer in sorted(expired):
             self.resign(writer)
         return sorted(found, key=lambda claim: (claim[1], claim[0]))
 

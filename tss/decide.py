@@ -84,6 +84,7 @@ class Writer:
         stop: threading.Event,
         restoring: AbstractContextManager[object],
         adopts: bool = True,
+        fresh_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
         """With `adopts` off, abandoned claims are left to others: one writer a process is enough to look for them."""
         app, sampling = settings.app, settings.sampling
@@ -100,6 +101,7 @@ class Writer:
         self._stop = stop
         self._adopts = adopts
         self._restoring = restoring  # one restore at a time in a process; across processes two end well, too
+        self._fresh_id = fresh_id
         self._timers = Timers(
             inactivity_ms=int(app.inactivity_timeout_secs * 1000),
             root_wait_ms=None if app.root_wait_secs is None else int(app.root_wait_secs * 1000),
@@ -189,8 +191,9 @@ class Writer:
         with self._restoring:
             self._buffer.epoch = self._buffer.read_epoch()
             if not restore.is_current(self._buffer, self._sink):
-                restore.restore(self._buffer, self._sink, self._low(), self._settings.redis.trace_ttl_secs)
-        fresh = uuid.uuid4().hex[:16]
+                ttl_secs = self._settings.redis.trace_ttl_secs
+                restore.restore(self._buffer, self._sink, self._low(), ttl_secs, self._fresh_id())
+        fresh = self._fresh_id()[:16]
         self._buffer.enroll(fresh, self._settings.app.lease_secs)
         self.id, self._number, self.fault = fresh, 0, None
         log.debug("Writer %s is born", fresh)

@@ -45,10 +45,11 @@ RELIEF_TRACES = 2000  # claimed early in one look while memory is short
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """Positions that Redis had at `mono_secs`."""
+    """Positions that Redis had at `mono_secs`; `oldest_ms` is the log time of the oldest record before them."""
 
     mono_secs: float
     positions: dict[int, int]
+    oldest_ms: int
 
 
 class Records(Protocol):
@@ -174,7 +175,9 @@ class Ingest:
         buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
         crashpoints.passed("after-write")
         self.source.dead_letter(batch.dead)
-        self._waiting.append(Acknowledged(now.mono_secs, {r.partition: r.offset + 1 for r in records}))
+        positions = {r.partition: r.offset + 1 for r in records}
+        oldest_ms = min(r.timestamp_ms for r in records)
+        self._waiting.append(Acknowledged(now.mono_secs, positions, oldest_ms))
 
         metrics = self._metrics
         metrics.batch_seconds.observe(self._clock.now().mono_secs - now.mono_secs)
@@ -240,11 +243,13 @@ class Ingest:
     def _commit(self, buffer: Buffer, now: Now, *, wait: bool) -> None:
         while self._waiting and now.mono_secs - self._waiting[0].mono_secs >= LAG_SECS:
             self._safe |= self._waiting.popleft().positions
+        low = buffer.confirm()  # also when nothing is new: an idle reader must hear of a new epoch, too
         if self._safe.items() <= self._committed.items():
             return
-        low = buffer.confirm()
         if low is None:
             low = min(self._log_time.values(), default=now.wall_ms)
+        # What is not committed yet may be delivered again though it landed: a restore must read back that far (16).
+        low = min([low, *(batch.oldest_ms for batch in self._waiting)])
         self.source.commit(self._safe, buffer.epoch or "", low, wait=wait)
         self._committed |= self._safe
 
@@ -258,7 +263,7 @@ class Ingest:
                     "Offsets of revoked partitions were not committed; they are read again: %s", fault
                 )
         self._waiting = deque(
-            Acknowledged(a.mono_secs, {p: at for p, at in a.positions.items() if p not in partitions})
+            replace(a, positions={p: at for p, at in a.positions.items() if p not in partitions})
             for a in self._waiting
         )
         for p in partitions:

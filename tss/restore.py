@@ -43,12 +43,16 @@ def is_current(buffer: Buffer, sink: Memory) -> bool:
     return buffer.epoch is not None and set(sink.epochs()) == {buffer.epoch}
 
 
-def restore(buffer: Buffer, sink: Memory, low_ms: int | None, ttl_secs: float) -> None:
-    """Gives Redis a new epoch; `low_ms` is the oldest log time that may be delivered again, None = nothing was read.
+def restore(
+    buffer: Buffer, sink: Memory, low_ms: int | None, ttl_secs: float, fresh: str | None = None
+) -> None:
+    """Gives Redis a new epoch, by the name `fresh` unless another process has proposed one.
+
+    `low_ms` is the oldest log time that may be delivered again, None = nothing was read.
 
     Raises LinkLost when another process finished or began a restore meanwhile: connect again and look.
     """
-    epoch = buffer.propose_epoch(uuid.uuid4().hex)
+    epoch = buffer.propose_epoch(fresh or uuid.uuid4().hex)
     log.info("Redis begins a new life", extra={"epoch": epoch})
     buffer.forget_epoch(epoch)
     sink.enter_epoch(epoch)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from tss import config
+from tss.clock import SYSTEM, Clock
 from tss.errors import ConfigError, Unavailable
 from tss.model import DeadLetter, Record
 
@@ -88,6 +88,15 @@ class Ends:
     high: dict[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """How the brokers are reached; a simulation brings its own."""
+
+    consumer: Callable[[dict[str, Any]], Any] = Consumer
+    producer: Callable[[dict[str, Any]], Any] = Producer
+    admin: Callable[[dict[str, Any]], Any] = AdminClient
+
+
 # At librdkafka's own level an absent broker is a line every 50 ms; `error_cb` says it once.
 QUIET = {"log_level": 2}
 
@@ -100,9 +109,17 @@ class Source:
     """
 
     def __init__(
-        self, settings: config.Kafka, *, embedded: bool, revoked: Callable[[set[int]], None]
+        self,
+        settings: config.Kafka,
+        *,
+        embedded: bool,
+        revoked: Callable[[set[int]], None],
+        clients: Clients = Clients(),
+        clock: Clock = SYSTEM,
     ) -> None:
         self._settings = settings
+        self._clients = clients
+        self._clock = clock
         self._topic = settings.input_topic
         self._revoked = revoked
         self._assigned: set[int] = set()
@@ -110,7 +127,7 @@ class Source:
         self._epoch: str | None = None
         self._ends_request: tuple[int, dict[TopicPartition, Future[Any]]] | None = None
         self._partitions_read_at = -PARTITIONS_REFRESH_SECS
-        self._producer: Producer | None = None
+        self._producer: Any = None
         self._record_bytes = RECORD_BYTES_GUESS
         self.partition_count = 0
         self.reached: dict[int, int] = {}
@@ -139,8 +156,8 @@ class Source:
         ):  # the mock broker answers an empty fetch only after its whole wait, and rebalances as slowly
             options |= {"fetch.wait.max.ms": 20, "session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
         try:
-            self._consumer = Consumer(common | options)
-            self._admin = AdminClient(common | {"error_cb": self._on_error})
+            self._consumer = clients.consumer(common | options)
+            self._admin = clients.admin(common | {"error_cb": self._on_error})
         except KafkaException as fault:
             raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
         self._subscribed = False
@@ -217,7 +234,7 @@ class Source:
                 TopicPartition(self._topic, p), timeout=REQUEST_TIMEOUT_SECS
             )
             starts[p] = low if self._settings.auto_offset_reset == "earliest" else high
-        low_ms = 0 if self._settings.auto_offset_reset == "earliest" else int(time.time() * 1000)
+        low_ms = 0 if self._settings.auto_offset_reset == "earliest" else self._clock.now().wall_ms
         if self._epoch is not None:
             positions = [
                 TopicPartition(self._topic, p, at, metadata=Commit(at, self._epoch, low_ms).metadata)
@@ -433,7 +450,7 @@ class Source:
         if not letters:
             return []
         if self._producer is None:
-            self._producer = Producer(
+            self._producer = self._clients.producer(
                 self._settings.client_properties()
                 | QUIET
                 | {
@@ -480,7 +497,7 @@ class Source:
         self._note_fault(error.str())
 
     def _heard(self) -> None:
-        self.fault, self.heard_secs = None, time.monotonic()
+        self.fault, self.heard_secs = None, self._clock.now().mono_secs
 
     def _note_fault(self, text: str) -> None:
         if self.fault != text:
@@ -495,10 +512,12 @@ class Source:
         self._consumer.close()
 
 
-def lowest_commit(settings: config.Kafka) -> int | None:
+def lowest_commit(settings: config.Kafka, clients: Clients = Clients()) -> int | None:
     """The oldest `low` committed for any partition of the input topic; None when nothing was. For a restore."""
     try:
-        consumer = Consumer(settings.client_properties() | QUIET | {"group.id": settings.consumer_group})
+        consumer = clients.consumer(
+            settings.client_properties() | QUIET | {"group.id": settings.consumer_group}
+        )
         try:
             topic = consumer.list_topics(settings.input_topic, timeout=REQUEST_TIMEOUT_SECS)
             partitions = [
