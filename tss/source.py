@@ -129,6 +129,7 @@ class Source:
         self._partitions_read_at = -PARTITIONS_REFRESH_SECS
         self._producer: Any = None
         self._record_bytes = RECORD_BYTES_GUESS
+        self._polled: list[Record] = []
         self.partition_count = 0
         self.reached: dict[int, int] = {}
         self.fault: str | None = "not heard of yet"
@@ -273,6 +274,8 @@ class Source:
         for tp in partitions:
             self._assigned.discard(tp.partition)
             self.reached.pop(tp.partition, None)
+        # A batch goes on over a rebalance: what it holds of these is the next owner's.
+        self._polled = [record for record in self._polled if record.partition in self._assigned]
 
     # --- reading ---
 
@@ -290,23 +293,24 @@ class Source:
         return records
 
     def _batch(self, timeout_secs: float) -> list[Record]:
-        records: list[Record] = []
-        size = 0
+        self._polled = []
+        count = size = 0
         room = self._settings.batch_max_bytes
-        while len(records) < self._settings.batch_max_records and size < room:
+        while count < self._settings.batch_max_records and size < room:
             if size:
-                self._record_bytes = 1 + size // len(records)
+                self._record_bytes = 1 + size // count
             fitting = 1 + (room - size) // self._record_bytes
-            wanted = min(FETCH_RECORDS, fitting, self._settings.batch_max_records - len(records))
-            messages = self._consumer.consume(wanted, 0 if records else timeout_secs)
+            wanted = min(FETCH_RECORDS, fitting, self._settings.batch_max_records - count)
+            messages = self._consumer.consume(wanted, 0 if count else timeout_secs)
             for message in messages:
                 record = self._record(message)
                 if record is not None:
-                    records.append(record)
+                    self._polled.append(record)
+                    count += 1
                     size += len(record.value or b"")
             if len(messages) < wanted:
                 break
-        return records
+        return self._polled
 
     def _record(self, message: Any) -> Record | None:
         partition: int = message.partition()
