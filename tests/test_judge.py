@@ -393,19 +393,20 @@ def test_raising_rates_never_loses_a_trace(one: Claimed, plan: Policies, other: 
 
 
 @pytest.mark.parametrize(
-    ("kept", "reason", "upgraded"),
+    ("kept", "reason", "error", "upgraded"),
     [
-        (True, "error", True),
-        (False, "not_sampled", False),
-        (False, "error", False),
-        (True, "latency", False),
-        (True, "probabilistic", False),
-        (True, "force", False),
-        (False, "force_drop", False),
+        (True, "error", True, True),
+        (True, "force", True, True),
+        (False, "not_sampled", True, False),
+        (False, "error", True, False),
+        (True, "latency", True, False),
+        (True, "probabilistic", True, False),
+        (True, "force", False, False),
+        (False, "force_drop", True, False),
     ],
 )
-def test_only_a_late_error_turns_a_drop_around(kept: bool, reason: str, upgraded: bool) -> None:
-    """And it says so: reason late_error, trigger late, the policy and probability of the error."""
+def test_only_a_late_error_turns_a_drop_around(kept: bool, reason: str, error: bool, upgraded: bool) -> None:
+    """And it says so: reason late_error, trigger late, the policy and probability of what keeps it."""
     candidate = Verdict(kept, reason, "some policy", 0.5, Trigger.INACTIVITY, 7)
     expected = Verdict(True, "late_error", "some policy", 0.5, Trigger.LATE, 7) if upgraded else None
-    assert late_upgrade(candidate) == expected
+    assert late_upgrade(candidate, error) == expected

@@ -253,11 +253,10 @@ class Writer:
         masks = self._fresh_masks(buffer, traces, summary, rules)
         active = rules.active(from_millis(self._clock.now().wall_ms))
         candidates = judge(traces, summary, self._policies, rules, active, masks)
+        upgrades = map(late_upgrade, candidates, summary.errors)
+        ids = (trace.trace_id for trace in traces)
         recorded = buffer.record(
-            self.id,
-            sequence.owner,
-            sequence.number,
-            [(t.trace_id, c, late_upgrade(c)) for t, c in zip(traces, candidates, strict=True)],
+            self.id, sequence.owner, sequence.number, list(zip(ids, candidates, upgrades, strict=True))
         )
         crashpoints.passed("after-record")
         rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]

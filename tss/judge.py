@@ -163,8 +163,11 @@ def judge(
     return verdicts
 
 
-def late_upgrade(candidate: Verdict) -> Verdict | None:
-    """What a dropped trace becomes when its late spans, judged alone, hold an error worth keeping."""
-    if not candidate.kept or candidate.reason != ERROR_REASON:
+def late_upgrade(candidate: Verdict, error: bool) -> Verdict | None:
+    """What a dropped trace becomes when its late spans, judged alone, hold an error worth keeping.
+
+    A force rule that keeps them gives the error another reason, but does not make it worth less.
+    """
+    if not (candidate.kept and error and candidate.reason in (ERROR_REASON, FORCE)):
         return None
     return Verdict(True, LATE_ERROR, candidate.policy, candidate.probability, Trigger.LATE, candidate.rules)
