@@ -24,6 +24,8 @@ from tss.decide import Tables
 from tss.errors import Fenced, Unavailable
 from tss.sink import Kind
 
+pytestmark = pytest.mark.embedded  # a minute and more: not for the gate before every commit
+
 FIXED_SEEDS = 200
 FRESH_SEEDS = 20
 SEEDS_A_TEST = 20
