@@ -354,8 +354,16 @@ class Player:
         waiting = (key.partition(b"}:")[2][:2] for server in fleet.nodes.servers for key in server.store.keys)
         if any(kind in (b"t:", b"x:", b"c:") for kind in waiting):
             return False
-        told = fleet.catalog.tables["decisions"].column("records")
-        return self.log.keys() <= {record for records in told for record in parse_records(records)}
+        decisions, landed = fleet.catalog.tables["decisions"], fleet.catalog.tables["spans"].committed
+        names = ("records", "kept", "writer", "sequence")
+        rows = zip(*(decisions.column(name) for name in names), strict=True)
+        told = {
+            record
+            for records, kept, writer, sequence in rows
+            if not kept or landed.get(writer, 0) >= sequence  # else a restore has it decided again
+            for record in parse_records(records)
+        }
+        return self.log.keys() <= told
 
     def _end(self) -> None:
         for worker in self.fleet.workers:
