@@ -269,7 +269,8 @@ def faults(server: Server) -> list[str]:
                 case b"d:":
                     fine = expires or name[2:] in claimed
                 case _:
-                    fine = name in fixed and not expires
+                    # A proposal whose deletion a restart forgot ends by itself.
+                    fine = expires if name == b"next-epoch" else name in fixed and not expires
             if not fine:
                 found.append(f"neither owned nor expiring: {name!r}")
     return found
