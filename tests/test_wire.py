@@ -32,12 +32,13 @@ from tests.builders import (
     trace_id,
     traces_data,
 )
+from tests.fuzz import decode_both_ways
 from tests.test_rules import rule
 from tss.buffer import shard_of
 from tss.consistent import trace_randomness
 from tss.model import ERROR, FACTS, NO_START, ROOT, Origin, Record, decode_origins
 from tss.rules import RuleSet
-from tss.wire import COPIES_BYTES_MAX, Decoded, decode, payload_mask, resource_frames
+from tss.wire import COPIES_BYTES_MAX, Decoded, payload_mask, resource_frames
 
 NO_RULES = RuleSet()
 SHOP_RULES = RuleSet(
@@ -51,7 +52,7 @@ SHOP_RULES = RuleSet(
 
 
 def decoded(*records: Record, rules: RuleSet = NO_RULES) -> Decoded:
-    return decode(records, rules)
+    return decode_both_ways(records, rules)
 
 
 def payload(batch: Decoded, trace: int = 1) -> bytes:
@@ -550,7 +551,7 @@ def flat(data: TracesData) -> list[tuple[bytes, bytes, bytes, str]]:
 def test_chunks_hold_exactly_the_spans_of_their_traces(given_: tuple[list[Record], list[TracesData]]) -> None:
     """Each trace's chunk is a TracesData of exactly its spans, each with its resource and scope, in arrival order."""
     records, exported = given_
-    batch = decode(records, NO_RULES)
+    batch = decode_both_ways(records, NO_RULES)
     expected: dict[bytes, list[tuple[bytes, bytes, bytes, str]]] = defaultdict(list)
     for data in exported:
         for row in flat(data):
@@ -565,8 +566,8 @@ def test_chunks_hold_exactly_the_spans_of_their_traces(given_: tuple[list[Record
 def test_chunks_of_a_trace_concatenate(given_: tuple[list[Record], list[TracesData]], at: int) -> None:
     """However records are cut into batches, a trace's chunks end to end are the same TracesData."""
     records, _ = given_
-    whole = fields_of(decode(records, NO_RULES))
-    parts = [fields_of(decode(half, NO_RULES)) for half in (records[:at], records[at:])]
+    whole = fields_of(decode_both_ways(records, NO_RULES))
+    parts = [fields_of(decode_both_ways(half, NO_RULES)) for half in (records[:at], records[at:])]
     for trace_id_, field in whole.items():
         joined = b"".join(p for part in parts for p in part.get(trace_id_, {}).values())
         assert flat(TracesData.FromString(joined)) == flat(TracesData.FromString(b"".join(field.values())))
@@ -576,7 +577,7 @@ def test_chunks_of_a_trace_concatenate(given_: tuple[list[Record], list[TracesDa
 def test_nothing_is_uncounted(given_: tuple[list[Record], list[TracesData]]) -> None:
     """Accepted and refused spans are all that came; the dead letters hold exactly the refused ones."""
     records, exported = given_
-    batch = decode(records, NO_RULES)
+    batch = decode_both_ways(records, NO_RULES)
     came = [row for data in exported for row in flat(data)]
     refused = [row for row in came if not valid(Span.FromString(row[0]))]
     assert batch.spans == len(came) == accepted(batch) + sum(letter.spans for letter in batch.dead)
@@ -587,7 +588,7 @@ def test_nothing_is_uncounted(given_: tuple[list[Record], list[TracesData]]) -> 
 @given(batches())
 def test_facts_are_what_the_official_classes_say(given_: tuple[list[Record], list[TracesData]]) -> None:
     """Facts equal those computed from the chunk's parsed spans; origins add up to its spans."""
-    batch = decode(given_[0], SHOP_RULES)
+    batch = decode_both_ways(given_[0], SHOP_RULES)
     for i in range(len(batch.chunks)):
         members = spans_of(batch.chunks.payload(i))
         row = batch.chunks.facts[i]
@@ -646,7 +647,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @given(st.one_of(damaged(), damaged(), st.binary(max_size=200)))
 def test_no_bytes_can_break_decoding(value: bytes) -> None:
     """Whatever a record holds, decoding returns, counts what it counted, and what goes on can be decoded."""
-    batch = decode([record(value=value), record(span(9), partition=1)], SHOP_RULES)
+    batch = decode_both_ways([record(value=value), record(span(9), partition=1)], SHOP_RULES)
     assert accepted(batch) + sum(letter.spans for letter in batch.dead) == batch.spans
     assert trace_id(9) in fields_of(batch)
     for i in range(len(batch.chunks)):
@@ -671,7 +672,7 @@ def test_what_the_official_class_accepts_is_accepted(value: bytes) -> None:
         assume(not ResourceSpans.FromString(value).scope_spans)
     except DecodeError:
         assume(False)
-    batch = decode([record(value=value)], NO_RULES)
+    batch = decode_both_ways([record(value=value)], NO_RULES)
     assert accepted(batch) == sum(valid(Span.FromString(row[0])) for row in flat(data))
 
 

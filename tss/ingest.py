@@ -23,15 +23,15 @@ from typing import Protocol
 
 from confluent_kafka import KafkaError
 
-from tss import config, crashpoints
+from tss import config, crashpoints, wire
 from tss.buffer import LAG_SECS, Buffer, Usage
 from tss.clock import Clock
+from tss.compiler import Decode
 from tss.errors import LinkLost, Unavailable
 from tss.metrics import Metrics
 from tss.model import Chunks, DeadLetter, Now, Record
 from tss.rules import RuleSet
 from tss.source import Ends
-from tss.wire import decode
 
 log = logging.getLogger("tss")
 
@@ -96,6 +96,7 @@ class Ingest:
         self._rules = rules
         self._metrics = metrics
         self._clock = clock
+        self.decode: Decode = wire.decode  # or kernels that do the same, once they are compiled
         self._root_timer = settings.app.root_wait_secs is not None
         self._buffer: Buffer | None = None
         self._log_time: dict[int, int] = {}
@@ -169,7 +170,7 @@ class Ingest:
 
     def _take_in(self, buffer: Buffer, records: list[Record], now: Now) -> None:
         records = [self._in_log_time(record, now) for record in records]
-        batch = decode(records, self._rules())
+        batch = self.decode(records, self._rules())
         clocks = {r.partition: r.timestamp_ms for r in records}
         big = self._oversized(batch.chunks)
         buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
@@ -225,7 +226,7 @@ class Ingest:
             return
         clocks = dict(self._reached_ends(ends))
         if clocks:
-            buffer.append(decode([], self._rules()).chunks, clocks, now.wall_ms, root_timer=False)
+            buffer.append(self.decode([], self._rules()).chunks, clocks, now.wall_ms, root_timer=False)
         for partition, lag in self.lag.items():
             self._metrics.consumer_lag.labels(partition).set(lag)
         self._metrics.partitions_assigned.set(len(self.source.assigned))

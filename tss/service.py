@@ -23,6 +23,7 @@ from prometheus_client import start_http_server
 from tss import __version__, api, config, embedded
 from tss.buffer import Buffer
 from tss.clock import SYSTEM
+from tss.compiler import decoder
 from tss.decide import Writer
 from tss.errors import ConfigError, Fenced, Unavailable
 from tss.ingest import Ingest
@@ -201,6 +202,7 @@ class Service:
                     self._stop.wait(pause_secs)
 
     def _take_in(self) -> None:
+        self.ingest.decode = decoder(self.settings.app.kernels)
         self._loop("ingest", lambda now: self.ingest.step(now) >= 0, self.ingest.recover, 0)
         self.ingest.close()
 

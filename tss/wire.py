@@ -199,7 +199,7 @@ class _Batch:
         fault = None if sound else _fault("bad_resource", frame, ())
         attributes: Attributes = {}
         if self._rules.rules and not fault:
-            attributes = _attributes(Resource.FromString(frame.resource).attributes)
+            attributes = attribute_map(Resource.FromString(frame.resource).attributes)
         taken: dict[bytes, list[Scope]] = {}  # by trace
         left: dict[str, list[Scope]] = {}  # by reason
         for scope in frame.scopes:
@@ -254,7 +254,7 @@ class _Batch:
             rv = parse_ot_state(span.trace_state).rv
             chunk.randomness = chunk.randomness if rv is None else rv
         if self._rules.rules:
-            chunk.mask |= self._rules.mask(resource, _attributes(span.attributes))
+            chunk.mask |= self._rules.mask(resource, attribute_map(span.attributes))
 
     def _append(self, record: Record, trace_id: bytes, piece: bytes, spans: int) -> None:
         chunk = self._open[trace_id]
@@ -362,7 +362,7 @@ def _read_span(raw: bytes, *, sound: bool) -> Any:
     return span
 
 
-def _attributes(pairs: Sequence[KeyValue]) -> dict[str, Any]:
+def attribute_map(pairs: Sequence[KeyValue]) -> dict[str, Any]:
     """The first of duplicate keys counts."""
     out: dict[str, Any] = {}
     for pair in pairs:
@@ -388,8 +388,8 @@ def payload_mask(payload: bytes, rules: RuleSet) -> int:
     """The rules that some span of a chunk matches: what `decode` puts into facts, for a rule set that is newer."""
     mask = 0
     for frame in resource_frames(payload):
-        resource = _attributes(Resource.FromString(frame.resource).attributes)
+        resource = attribute_map(Resource.FromString(frame.resource).attributes)
         for scope in frame.scopes:
             for raw in scope.spans:
-                mask |= rules.mask(resource, _attributes(Span.FromString(raw).attributes))
+                mask |= rules.mask(resource, attribute_map(Span.FromString(raw).attributes))
     return mask

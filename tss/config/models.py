@@ -62,6 +62,10 @@ class App(Section):
         15, ge=1, le=300, description="a writer not heard of for so long is taken over by another"
     )
     shutdown_timeout_secs: float = Field(30, gt=0, description="time to finish and leave after SIGTERM")
+    kernels: Annotated[Literal["numba", "python"], Lowercase] = Field(
+        "numba",
+        description="decoding: compiled, or the same in plain Python, some thirty times slower, to debug",
+    )
     instance_id: str = Field(
         default_factory=socket.gethostname,
         min_length=1,

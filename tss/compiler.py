@@ -1,0 +1,87 @@
+"""The compiled kernels, ready before the first record comes.
+
+Compiling takes some ten seconds, once for each machine: the result is kept in a folder on disk, as it is bound to
+the version of tss and the kind of processor, and loads in under a second. Any number of processes may share the
+folder, and compile at the same time: files are put in place whole, and all write the same.
+
+The folder is NUMBA_CACHE_DIR, else one in the user's cache. Where that cannot be written to (a read-only container), a
+private one among the temporary files serves, beginning with a copy of what the first holds: numba refuses to read
+where it cannot write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from tss import wire
+from tss.model import Record
+from tss.rules import RuleSet
+from tss.wire import Decoded
+
+log = logging.getLogger("tss")
+
+Decode: TypeAlias = Callable[[Sequence[Record], RuleSet], Decoded]
+
+NOTICE_SECS = 1.0  # loading takes less; whoever waits longer is told why
+
+
+def decoder(kernels: Literal["numba", "python"]) -> Decode:
+    """What `app.kernels` asks for, compiled and loaded. For one thread. Without numba, the slow twin and a warning."""
+    if kernels == "python":
+        return wire.decode
+    try:
+        import numba.core.config
+    except ImportError as missing:
+        log.warning("Decoding is slow: numba cannot be imported (%s); app.kernels=python is used", missing)
+        return wire.decode
+    numba_config: Any = numba.core.config
+    numba_config.CACHE_DIR = str(_cache_folder())
+    from tss.kernels import Decoder, warm_up
+
+    started = time.monotonic()
+    notice = threading.Timer(
+        NOTICE_SECS, log.info, ("Compiling kernels for this machine, once; this takes some 15 s",)
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        compiled = warm_up()
+    finally:
+        notice.cancel()
+    if compiled:
+        log.info("Compiled %d kernels in %.1f s", compiled, time.monotonic() - started)
+    return Decoder().decode
+
+
+def _cache_folder() -> Path:
+    wanted = os.environ.get("NUMBA_CACHE_DIR")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = Path(wanted) if wanted else caches / "tss-kernels"
+    if _is_writable(folder):
+        return folder
+    # The name is one that others could take first, and what lies there is run: so it must be ours alone.
+    private = Path(tempfile.gettempdir(), f"tss-kernels-{os.getuid()}")
+    private.mkdir(mode=0o700, exist_ok=True)
+    owner = private.lstat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o077 or private.is_symlink():
+        private = Path(tempfile.mkdtemp(prefix="tss-kernels-"))
+    if folder.is_dir() and not any(private.iterdir()):
+        shutil.copytree(folder, private, dirs_exist_ok=True)
+    return private
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
