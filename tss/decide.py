@@ -17,6 +17,7 @@ import itertools
 import logging
 import threading
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -418,10 +419,18 @@ class Writer:
     # --- step 14: takeover ---
 
     def _adopt(self, buffer: Buffer, now: Now) -> None:
-        """Finishes sequences whose owner is not live. Any number of adopters at once is safe: the release decides."""
-        assert self.id is not None
-        for owner, number in buffer.abandoned():
+        """Finishes sequences whose owner is not live. Any number of adopters at once is safe: the release decides.
+
+        Lowest numbers first; among equals each adopter has an order of its own, so that several share the work.
+        """
+        me = self.id
+        assert me is not None
+        for owner, number in sorted(
+            buffer.abandoned(), key=lambda claim: (claim[1], zlib.crc32(f"{me} {claim[0]}".encode()))
+        ):
             traces = buffer.claimed_by(owner, number)
+            if not traces:
+                continue  # another adopter has released it meanwhile
             log.info("Taking over sequence %d of writer %s", number, owner, extra={"traces": len(traces)})
             sequence = OpenSequence(owner, number, now.mono_secs)
             self._decide(buffer, sequence, traces)
