@@ -23,7 +23,7 @@ from tests.ports import LOOPBACK, free_port
 from tests.sim import resp
 from tests.stack import Part, redis_part
 from tss import config
-from tss.buffer import LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
+from tss.buffer import COVERAGE_FIELDS_KEPT, LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
 from tss.errors import ConfigError, Fenced, LinkLost, TssError, Unavailable
 from tss.model import Chunks, Origin, Record, Trigger, Verdict, encode_origins
 from tss.rules import RuleSet
@@ -578,6 +578,23 @@ def test_a_writer_of_another_life_may_not_write(server: Server, claimed: Buffer)
         claimed.confirm()
 
 
+def test_coverage_does_not_grow_for_ever(server: Server, claimed: Buffer) -> None:
+    """Of a trace that late spans keep alive, what landed longer ago than a verdict's time goes, and nothing else."""
+    append(claimed, record(1, trace=1, at_ms=5_000), record(2, trace=1, at_ms=5_000))
+    decide(claimed, 1, KEEP)
+    (key,) = server.client.scan_iter("*:d:*")
+    now_ms = time.time() * 1000
+    for offset in range(1000, 1000 + COVERAGE_FIELDS_KEPT):
+        age_secs = TTL_SECS * (0.9 if offset < 1003 else 1.1)
+        landed = b"r" + encode_origins([Origin(0, offset, 1)])
+        server.client.hset(key, landed, int(now_ms - age_secs * 1000))
+    release(claimed, 1)
+    tick(claimed, 50_000)
+    assert claim(claimed, "w2").traces
+    (late,) = claimed.record("w2", "w2", 1, [(trace_id(1), DROP, None)])
+    assert late == Recorded(KEEP, frozenset({(0, 0), (0, 1000), (0, 1001), (0, 1002)}))
+
+
 def test_release_writes_what_landed(server: Server, claimed: Buffer) -> None:
     """Coverage is exactly the records of the claim; the verdict expires, the payload is gone, the count is zero."""
     append(claimed, record(1, trace=1, at_ms=5_000))
@@ -746,6 +763,20 @@ def test_the_first_proposal_stands(server: Server) -> None:
     with pytest.raises(LinkLost):
         two.forget_epoch("a")
     assert two.read_epoch() == "a"
+    one.close()
+    two.close()
+
+
+def test_a_life_is_ended_once(server: Server, buffer: Buffer) -> None:
+    """Whoever finds its epoch too old takes it away from the fleet, but leaves a newer one alone."""
+    one, two = (Buffer(server.settings) for _ in range(2))
+    one.end_life()
+    assert buffer.read_epoch() is None
+    one.end_life()
+    buffer.forget_epoch(buffer.propose_epoch("life-2"))
+    assert buffer.set_epoch("life-2")
+    two.end_life()
+    assert buffer.read_epoch() == "life-2"
     one.close()
     two.close()
 

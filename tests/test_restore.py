@@ -224,6 +224,28 @@ def test_a_dropped_trace_can_still_turn(start: Callable[[str], Process], behind:
     assert two.record(1, 1, KEEP, LATE_ERROR) == Recorded(LATE_ERROR, frozenset({(0, 0)}))
 
 
+def test_an_error_of_its_own_is_not_late(start: Callable[[str], Process], behind: Any) -> None:
+    """What a surviving claim has landed counts as covered with its release: its adopter upgrades nothing by it."""
+    one = start("w1")
+    one.settle()
+    one.buffer.enroll("w1", LEASE_SECS)
+    one.take_in(spans_of(1, 0))
+    one.claim(1)
+    one.record(1, 1, DROP)
+    one.land_decision(1, 1, DROP, 0)
+    behind.delete("{tss:0}:epoch")
+    two = start("w2")
+    two.settle(low_ms=T0_MS)
+    two.buffer.enroll("w2", LEASE_SECS)
+    assert two.buffer.abandoned() == [("w1", 1)]
+    adopted = [(trace_id(1), KEEP, LATE_ERROR)]
+    assert two.buffer.record("w2", "w1", 1, adopted) == [Recorded(DROP, frozenset())]
+    assert two.buffer.release("w2", "w1", 1, [trace_id(1)], TTL_SECS) == 1
+    two.take_in(spans_of(1, 0), spans_of(1, 1))
+    two.claim(1)
+    assert two.record(1, 1, KEEP, LATE_ERROR) == Recorded(LATE_ERROR, frozenset({(0, 0)}))
+
+
 def test_only_what_can_come_again_is_read(start: Callable[[str], Process], behind: Any) -> None:
     """Decisions older than the memory of a verdict before the oldest record are left alone; all others expire."""
     one = start("w1")

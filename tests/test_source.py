@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, Producer, TopicPartition
@@ -23,14 +24,15 @@ from tests.ports import LOOPBACK, free_port
 from tests.stack import Stack
 from tss import config
 from tss.embedded import EmbeddedKafka
-from tss.errors import Unavailable
-from tss.model import DeadLetter, Record
+from tss.errors import Outlived, Unavailable
+from tss.model import DeadLetter, Record, epoch_name
 from tss.source import Commit, Ends, Source, lowest_commit
 
 EPOCH = "life-1"
 TOPIC = "spans"
 PARTITIONS = 4
 WAIT_SECS = 30.0
+VERDICT_SECS = 3600.0
 T0_MS = 1_790_000_000_000
 
 
@@ -95,7 +97,9 @@ class Kafka:
         self, epoch: str | None = EPOCH, revoked: Callable[[set[int]], None] = lambda lost: None, **more: Any
     ) -> Source:
         """Joined, unless there is no epoch yet."""
-        source = Source(self.settings(**more), embedded=self.embedded, revoked=revoked)
+        source = Source(
+            self.settings(**more), embedded=self.embedded, revoked=revoked, verdict_secs=VERDICT_SECS
+        )
         self.cleanup.callback(source.close)
         if epoch is not None:
             source.begin(epoch)
@@ -204,7 +208,7 @@ def test_a_new_group_reads_from_the_oldest(kafka: Kafka) -> None:
     kafka.produce(5)
     reader = kafka.reader()
     reader.assigned(1)
-    assert kafka.committed() == (0, f"tss1 {EPOCH} 0")
+    assert Commit.read(*kafka.committed()) == Commit(0, EPOCH, 0, ANY)
     reader.source.close()
     records = kafka.reader().read(5)
     assert [(r.partition, r.offset, r.timestamp_ms) for r in records] == [
@@ -230,13 +234,16 @@ def test_a_new_group_reads_from_now(kafka: Kafka) -> None:
 
 
 def test_the_same_life_goes_on_at_its_offset(kafka: Kafka) -> None:
-    """A commit of this epoch is where reading goes on; its metadata comes back as it was written."""
+    """A commit of this epoch is where reading goes on; its metadata tells what it was true for, and when it was made."""
     kafka.produce(6)
     reader = kafka.reader()
     reader.read(6)
+    before_ms = int(time.time() * 1000)
     reader.source.commit({0: 4}, EPOCH, T0_MS + 123, wait=True)
     reader.source.close()
-    assert kafka.committed() == (4, f"tss1 {EPOCH} {T0_MS + 123}")
+    commit = Commit.read(*kafka.committed())
+    assert commit == Commit(4, EPOCH, T0_MS + 123, ANY)
+    assert before_ms <= (commit.at_ms or 0) <= int(time.time() * 1000)
     assert lowest_commit(kafka.settings()) == T0_MS + 123
     assert numbers(kafka.reader().read(2)) == [4, 5]
 
@@ -258,7 +265,7 @@ def test_another_life_goes_back(real_kafka: Kafka, committed: int, low_secs: flo
     """After Redis was lost, reading begins at the oldest record that it still held, never above the commit."""
     real_kafka.produce(10)
     low_ms = T0_MS + int(low_secs * 1000)
-    real_kafka.commit(committed, Commit(committed, "life-0", low_ms).metadata)
+    real_kafka.commit(committed, Commit(committed, "life-0", low_ms, T0_MS).metadata)
     assert numbers(real_kafka.reader().read(10 - first)) == list(range(first, 10))
     assert real_kafka.committed()[0] == committed, "the old commit stands until the new life has something"
 
@@ -289,17 +296,66 @@ def test_the_same_life_begins_again(kafka: Kafka) -> None:
     assert numbers(reader.read(3)) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("metadata", [None, "", "hello", "tss1 a", "tss2 a 5", "tss1 a x", "tss1 a None"])
+def hours_ago_ms(hours: float) -> int:
+    return int(time.time() * 1000 - hours * 3_600_000)
+
+
+# When the epoch began and when the offset was committed, in hours, and whether that was in the same epoch.
+@pytest.mark.parametrize(
+    ("epoch_hours", "commit_hours", "same", "read_on"),
+    [
+        (9.0, 0.4, True, True),
+        (9.0, 0.6, True, False),
+        (0.4, 9.0, True, True),
+        (0.4, 9.0, False, True),
+        (0.6, 0.4, False, False),
+    ],
+)
+def test_what_may_have_been_forgotten_is_not_read(
+    kafka: Kafka, epoch_hours: float, commit_hours: float, same: bool, read_on: bool
+) -> None:
+    """Half a verdict's time after the commit and after the epoch's beginning, nothing is read but in a new epoch."""
+    kafka.produce(3)
+    epoch = epoch_name(hours_ago_ms(epoch_hours), "a")
+    at_ms = hours_ago_ms(commit_hours)
+    kafka.commit(1, Commit(1, epoch if same else "life-0", T0_MS + 1000, at_ms).metadata)
+    reader = kafka.reader(epoch)
+    if not read_on:
+        with pytest.raises(Outlived):
+            reader.silence(WAIT_SECS)
+        assert not reader.records
+        with pytest.raises(Outlived):
+            reader.source.begin(epoch)
+        reader.source.begin(epoch_name(hours_ago_ms(0), "b"))
+        reader.source.resume()
+    assert numbers(reader.read(2)) == [1, 2]
+
+
+def test_a_read_log_is_not_forgotten(kafka: Kafka) -> None:
+    """An old commit at the end of a partition is no reason for a new epoch: nothing can be delivered again."""
+    kafka.produce(3)
+    epoch = epoch_name(hours_ago_ms(9), "a")
+    kafka.commit(3, Commit(3, epoch, T0_MS, hours_ago_ms(8)).metadata)
+    reader = kafka.reader(epoch)
+    reader.assigned(1)
+    kafka.produce(1, first=3)
+    assert numbers(reader.read(1)) == [3]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, "", "hello", "tss1 a", "tss1 a 5", "tss2 a 5 5", "tss1 a x 5", "tss1 a 5 x", "tss1 a None 5"],
+)
 def test_strange_metadata_is_no_fault(metadata: str | None) -> None:
     """Whatever stands in a commit that is not ours, its offset is taken."""
-    assert Commit.read(7, metadata) == Commit(7, None, None)
+    assert Commit.read(7, metadata) == Commit(7, None, None, None)
 
 
 @pytest.mark.stack
 def test_records_that_fell_off_are_said(real_kafka: Kafka, caplog: pytest.LogCaptureFixture) -> None:
     """When retention was faster than tss the loss is an error in the log, and reading goes on at the oldest record."""
     real_kafka.produce(10)
-    real_kafka.commit(2, Commit(2, EPOCH, T0_MS).metadata)
+    real_kafka.commit(2, Commit(2, EPOCH, T0_MS, T0_MS).metadata)
     admin = AdminClient({"bootstrap.servers": real_kafka.brokers})
     for future in admin.delete_records([TopicPartition(real_kafka.topic, 0, 5)]).values():
         future.result(WAIT_SECS)
@@ -425,7 +481,7 @@ def test_commits_are_counted(kafka: Kafka) -> None:
     reader.source.commit({0: 2}, EPOCH, T0_MS, wait=False)
     reader.until(lambda: bool(reader.source.commits))
     assert reader.source.commits == [None]
-    assert kafka.committed() == (2, f"tss1 {EPOCH} {T0_MS}")
+    assert Commit.read(*kafka.committed()) == Commit(2, EPOCH, T0_MS, ANY)
     reader.source.commit({7: 2}, EPOCH, T0_MS, wait=True)
     assert kafka.committed(7)[0] < 0
 
@@ -500,7 +556,8 @@ def test_a_missing_topic_is_named(real_kafka: Kafka) -> None:
 def test_no_broker_is_said() -> None:
     """While nobody listens, polling gives nothing and `fault` says why."""
     settings = config.Kafka(brokers=f"{LOOPBACK}:{free_port()}", input_topic=TOPIC)
-    reader = Reader(Source(settings, embedded=False, revoked=lambda partitions: None))
+    source = Source(settings, embedded=False, revoked=lambda partitions: None, verdict_secs=VERDICT_SECS)
+    reader = Reader(source)
     reader.source.begin(EPOCH)
     reader.until(lambda: "refused" in (reader.source.fault or ""))
     assert reader.records == []
@@ -621,7 +678,7 @@ def test_a_dead_letter_that_is_not_taken_is_said(real_kafka: Kafka) -> None:
 def test_the_lowest_commit_of_all_partitions(wide_kafka: Kafka) -> None:
     """A restore reads back from the oldest time that any partition was committed with; nothing committed is None."""
     assert lowest_commit(wide_kafka.settings()) is None
-    wide_kafka.commit(0, Commit(0, EPOCH, T0_MS + 5000).metadata, partition=1)
-    wide_kafka.commit(0, Commit(0, "life-0", T0_MS + 2000).metadata, partition=3)
+    wide_kafka.commit(0, Commit(0, EPOCH, T0_MS + 5000, T0_MS).metadata, partition=1)
+    wide_kafka.commit(0, Commit(0, "life-0", T0_MS + 2000, T0_MS).metadata, partition=3)
     wide_kafka.commit(0, partition=2)
     assert lowest_commit(wide_kafka.settings()) == T0_MS + 2000

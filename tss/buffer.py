@@ -11,13 +11,14 @@ a Redis Cluster. Every shard is complete in itself: one MULTI or one script on o
     {tss:n}:big        zset    pending trace over a size limit → log time; judged at once
     {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger
     {tss:n}:open       set     <w>:<s> of every claim hash that exists
-    {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → "" for every chunk that landed
+    {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → when they landed, one field a sequence
     {tss:n}:live       zset    writer → lease expiry; who is not in it may not write
     {tss:n}:clock      hash    partition → "<log time> <stamp> <epoch>"
     {tss:n}:spans      string  spans pending or claimed
     {tss:n}:epoch      string  the life of this Redis; absent = wiped
 
 Payload keys have no expiry, ever: they have an owner. Verdicts expire once released; nothing else outlives its use.
+Where spans come late for ever, a verdict does not expire, but what landed longer ago than its time is forgotten.
 
 A connection belongs to one run of one server. redis-py's clients reconnect and retry by themselves, which would
 publish a clock over spans the server lost; so connections are driven by hand here, and a missing answer ends them
@@ -63,6 +64,7 @@ ID_BYTES = 16
 PASSING_REFUSALS = ("LOADING ", "BUSY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MISCONF ")
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
+COVERAGE_FIELDS_KEPT = 100  # of a verdict, however old: looking at each in every release would not pay
 OPEN_CLAIMS_SCANNED = 4  # times the claim limit: how far past claimed traces the duration timer looks
 
 
@@ -198,21 +200,37 @@ return {'ok', out}
 """
 )
 
-# Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed".
+# Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed". Coded records may stand
+# one after another, so those of a sequence make one field.
 RELEASE = Script(
     f"""{_FULL_MEMORY}
 local tag = ARGV[1]
 {_GUARD}
 local claim, name, ttl, facts = ARGV[4], ARGV[5], ARGV[6], {FACTS.itemsize}
 local released, spans = 0, 0
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function forget(verdict)
+  local fields = redis.call('HGETALL', verdict)
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 1) == 'r' and tonumber(fields[i + 1]) < now - tonumber(ttl) then
+      redis.call('HDEL', verdict, fields[i])
+    end
+  end
+end
+
 for i = 7, #ARGV do
   local id = ARGV[i]
   if redis.call('HDEL', claim, id) == 1 then
     local pending, claimed, verdict = tag .. 't:' .. id, tag .. 'x:' .. id, tag .. 'd:' .. id
+    local landed = {{}}
     for _, field in ipairs(redis.call('HKEYS', claimed)) do
       spans = spans + struct.unpack('<I4', string.sub(field, 9, 12))
-      redis.call('HSET', verdict, 'r' .. string.sub(field, facts + 1), '')
+      landed[#landed + 1] = string.sub(field, facts + 1)
     end
+    if #landed > 0 then redis.call('HSET', verdict, 'r' .. table.concat(landed), now) end
+    if redis.call('HLEN', verdict) > {COVERAGE_FIELDS_KEPT} then forget(verdict) end
     redis.call('PEXPIRE', verdict, ttl)
     redis.call('UNLINK', claimed)
     local oldest = nil
@@ -820,6 +838,14 @@ class Buffer:
         before: bytes | None = self._links[self._home[0]].call("SET", key, epoch, "NX", "GET", "EX", 600)
         return before.decode() if before else epoch
 
+    def end_life(self) -> None:
+        """The epoch that this connection was made in counts no more: the next writer gives Redis a new one.
+
+        One shard without an epoch is enough. Whoever comes late takes away a newer one: one restore for nothing.
+        """
+        if self.epoch is not None and self.read_epoch() == self.epoch:
+            self._all({0: [("DEL", _tag(0) + b"epoch")]})
+
     def forget_epoch(self, proposed: str) -> None:
         """Nobody may write and no clock counts until the new epoch is set. Raises LinkLost without the proposal."""
         if self._links[self._home[0]].call("GET", _tag(0) + b"next-epoch") != proposed.encode():
@@ -830,13 +856,14 @@ class Buffer:
     def remember(self, verdicts: Sequence[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
         """Verdicts read back from the tables: (trace, verdict, coded records that landed or None). Kept wins."""
         commands: dict[int, list[Command]] = {}
+        now_ms = self._clock.now().wall_ms
         shards = self._shards_of([trace_id for trace_id, _, _ in verdicts])
         for shard, (trace_id, verdict, origins) in zip(shards, verdicts, strict=True):
             key = _tag(shard) + b"d:" + trace_id
             mine = commands.setdefault(shard, [])
             mine.append(("HSET" if verdict.kept else "HSETNX", key, "v", verdict.encode()))
             if origins is not None:
-                mine.append(("HSET", key, b"r" + origins, ""))
+                mine.append(("HSET", key, b"r" + origins, now_ms))
             mine.append(("PEXPIRE", key, int(ttl_secs * 1000)))
         self._all(commands)
 

@@ -32,7 +32,7 @@ from tss.clock import Clock
 from tss.errors import Fenced, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics
-from tss.model import ERROR, NO_START, Claimed, Now, Trigger, Verdict
+from tss.model import ERROR, NO_START, Claimed, Now, Trigger, Verdict, epoch_name
 from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
@@ -193,7 +193,8 @@ class Writer:
             self._buffer.epoch = self._buffer.read_epoch()
             if not restore.is_current(self._buffer, self._sink):
                 ttl_secs = self._settings.redis.trace_ttl_secs
-                restore.restore(self._buffer, self._sink, self._low(), ttl_secs, self._fresh_id())
+                epoch = epoch_name(self._clock.now().wall_ms, self._fresh_id())
+                restore.restore(self._buffer, self._sink, self._low(), ttl_secs, epoch)
         fresh = self._fresh_id()[:16]
         self._buffer.enroll(fresh, self._settings.app.lease_secs)
         self.id, self._number, self.fault = fresh, 0, None

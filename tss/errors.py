@@ -3,7 +3,8 @@
 TssError
 ├── ConfigError        the operator changes a setting; the process ends with exit code 78
 ├── Unavailable        an outside part does not answer: wait, then try again
-│   └── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
+│   ├── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
+│   └── Outlived       Redis may have forgotten verdicts by their age: it needs a new life before it is read on
 ├── Fenced             another process owns what we held: drop it, be born again under a new id
 └── BadRequest         the caller of the API sent something wrong: a 4xx that says what
 """
@@ -36,6 +37,13 @@ class LinkLost(Unavailable):
 
     def __init__(self, detail: str) -> None:
         super().__init__("Redis", "redis.url", detail)
+
+
+class Outlived(Unavailable):
+    """What a partition delivers next may have been decided so long ago that its verdicts have expired."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("Redis", "redis.trace_ttl_secs", detail)
 
 
 class Fenced(TssError):

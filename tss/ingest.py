@@ -27,7 +27,7 @@ from tss import config, crashpoints, wire
 from tss.buffer import LAG_SECS, Buffer, Usage
 from tss.clock import Clock
 from tss.compiler import Decode
-from tss.errors import LinkLost, Unavailable
+from tss.errors import LinkLost, Outlived, Unavailable
 from tss.metrics import Metrics
 from tss.model import Chunks, DeadLetter, Now, Record
 from tss.rules import RuleSet
@@ -115,6 +115,15 @@ class Ingest:
 
     def step(self, now: Now) -> int:
         """Returns how many records were taken in. Raises LinkLost or Unavailable; then call `recover`."""
+        try:
+            return self._round(now)
+        except Outlived as fault:
+            log.warning("Redis gets a new life, for which verdicts are read back from the tables: %s", fault)
+            if self._buffer is not None:
+                self._buffer.end_life()
+            raise LinkLost(str(fault)) from fault
+
+    def _round(self, now: Now) -> int:
         self.source.refresh_partition_count(now.mono_secs)
         buffer = self._ready_buffer()
         if buffer is None:

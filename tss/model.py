@@ -47,6 +47,17 @@ class Now:
     mono_secs: float
 
 
+def epoch_name(born_ms: int, fresh: str) -> str:
+    """What a life of Redis is called; its age can be told from that."""
+    return f"{born_ms}-{fresh}"
+
+
+def epoch_born_ms(epoch: str) -> int | None:
+    """Inverse of `epoch_name`; None for a name of another make."""
+    born, dash, _ = epoch.partition("-")
+    return int(born) if dash and born.isdecimal() else None
+
+
 class Trigger(enum.IntEnum):
     """Why a trace is judged now."""
 

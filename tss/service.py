@@ -137,7 +137,12 @@ class Service:
         )
 
     def _source(self, revoked: Callable[[set[int]], None]) -> Source:
-        return Source(self.settings.kafka, embedded=self._kafka_embedded, revoked=revoked)
+        return Source(
+            self.settings.kafka,
+            embedded=self._kafka_embedded,
+            revoked=revoked,
+            verdict_secs=self.settings.redis.trace_ttl_secs,
+        )
 
     def _opened(self) -> bool:
         """Waits for catalog and object store; False when asked to stop meanwhile."""

@@ -1,10 +1,11 @@
 """Kafka: records in, offsets out, bad records to the dead-letter topic.
 
-Every commit carries `tss1 <epoch> <low>` as its metadata: the life of Redis that the position is true for, and the
-oldest log time that Redis still held. Where a partition begins is one rule, whatever happened before: in the same
+Every commit carries `tss1 <epoch> <low> <time>` as its metadata: the life of Redis that the position is true for, the
+oldest log time that Redis still held, and when it was made. Where a partition begins is one rule, whatever happened before: in the same
 epoch at the committed offset; else at the first offset with a time of `low` or later, but never above the committed
 one. A partition without a commit gets one before its first record is read, or a crash in between would skip what
-arrived meanwhile.
+arrived meanwhile. A commit may be so old that verdicts have expired meanwhile on what follows it: then nothing is
+read in this epoch (`Outlived`).
 
 All methods belong to one thread: rebalances are served inside `poll`.
 """
@@ -31,8 +32,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from tss import config
 from tss.clock import SYSTEM, Clock
-from tss.errors import ConfigError, Unavailable
-from tss.model import DeadLetter, Record
+from tss.errors import ConfigError, Outlived, Unavailable
+from tss.model import DeadLetter, Record, epoch_born_ms
 
 log = logging.getLogger("tss")
 
@@ -43,6 +44,7 @@ PARTITIONS_REFRESH_SECS = 30.0
 DEAD_LETTER_TIMEOUT_SECS = 30.0
 PREFETCH_BYTES = 64 << 20  # librdkafka's own queue; its default of 64 MB a partition would be gigabytes
 DETAIL_CHARS_MAX = 500
+OUTLIVED_SHARE = 0.5  # of a verdict's time: the rest is for reading again what follows the commit
 
 _FATAL_FOR_CONFIG = {
     KafkaError._AUTHENTICATION: "kafka.sasl_username / kafka.sasl_password",
@@ -62,22 +64,23 @@ _LEADER_MOVED = {
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A committed position and what it was true for."""
+    """A committed position, what it was true for, and when it was made."""
 
     offset: int
     epoch: str | None
     low_ms: int | None
+    at_ms: int | None
 
     @classmethod
     def read(cls, offset: int, metadata: str | None) -> Commit:
         parts = (metadata or "").split(" ")
-        if len(parts) == 3 and parts[0] == "tss1" and parts[2].isdecimal():
-            return cls(offset, parts[1], int(parts[2]))
-        return cls(offset, None, None)
+        if len(parts) == 4 and parts[0] == "tss1" and parts[2].isdecimal() and parts[3].isdecimal():
+            return cls(offset, parts[1], int(parts[2]), int(parts[3]))
+        return cls(offset, None, None, None)
 
     @property
     def metadata(self) -> str:
-        return f"tss1 {self.epoch} {self.low_ms}"
+        return f"tss1 {self.epoch} {self.low_ms} {self.at_ms}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,13 @@ class Source:
         *,
         embedded: bool,
         revoked: Callable[[set[int]], None],
+        verdict_secs: float,
         clients: Clients = Clients(),
         clock: Clock = SYSTEM,
     ) -> None:
+        """`verdict_secs` is how long Redis remembers what has landed."""
         self._settings = settings
+        self._verdict_secs = verdict_secs
         self._clients = clients
         self._clock = clock
         self._topic = settings.input_topic
@@ -162,14 +168,15 @@ class Source:
         except KafkaException as fault:
             raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
         self._subscribed = False
-        self._unplaced: str | None = None
+        self._unplaced: Unavailable | None = None
 
     # --- where partitions begin (step 2) ---
 
     def begin(self, epoch: str) -> None:
         """All partitions start (again) by the one rule, in this epoch; what was polled before must be forgotten.
 
-        The group is joined here, not before: a position cannot be chosen without an epoch.
+        The group is joined here, not before: a position cannot be chosen without an epoch. Raises Outlived when this
+        epoch may not be read on: begin with a new one. `poll` may raise it for partitions that come later.
         """
         self._epoch = epoch
         self._unplaced = None
@@ -211,6 +218,7 @@ class Source:
             starts[tp.partition] = commit.offset
             if commit.epoch != self._epoch and commit.low_ms is not None:
                 starts[tp.partition] = self._rewound(tp.partition, commit.offset, commit.low_ms)
+            self._check_age(tp.partition, starts[tp.partition], commit)
         if fresh:
             starts |= self._first_starts(fresh)
         return starts
@@ -228,6 +236,24 @@ class Source:
             )
         return int(start)
 
+    def _check_age(self, partition: int, start: int, commit: Commit) -> None:
+        """Raises Outlived when records follow whose verdicts were last known to be in Redis too long ago.
+
+        That was when the commit was made, or at the beginning of the epoch, when all were read back.
+        """
+        born_ms = epoch_born_ms(self._epoch or "")
+        if commit.at_ms is None or born_ms is None:
+            return
+        known_ms = max(born_ms, commit.at_ms) if commit.epoch == self._epoch else born_ms
+        age_secs = (self._clock.now().wall_ms - known_ms) / 1000
+        if age_secs <= self._verdict_secs * OUTLIVED_SHARE:
+            return
+        _, end = self._consumer.get_watermark_offsets(
+            TopicPartition(self._topic, partition), timeout=REQUEST_TIMEOUT_SECS
+        )
+        if start < end:
+            raise Outlived(f"offset {start} of partition {partition} was committed {age_secs:.0f} s ago")
+
     def _first_starts(self, partitions: Sequence[int]) -> dict[int, int]:
         starts = {}
         for p in partitions:
@@ -235,10 +261,11 @@ class Source:
                 TopicPartition(self._topic, p), timeout=REQUEST_TIMEOUT_SECS
             )
             starts[p] = low if self._settings.auto_offset_reset == "earliest" else high
-        low_ms = 0 if self._settings.auto_offset_reset == "earliest" else self._clock.now().wall_ms
+        now_ms = self._clock.now().wall_ms
+        low_ms = 0 if self._settings.auto_offset_reset == "earliest" else now_ms
         if self._epoch is not None:
             positions = [
-                TopicPartition(self._topic, p, at, metadata=Commit(at, self._epoch, low_ms).metadata)
+                TopicPartition(self._topic, p, at, metadata=Commit(at, self._epoch, low_ms, now_ms).metadata)
                 for p, at in starts.items()
             ]
             self._consumer.commit(offsets=positions, asynchronous=False)
@@ -249,9 +276,13 @@ class Source:
     def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         try:
             self._place(self._starts([tp.partition for tp in partitions]))
-        except KafkaException as fault:
-            # Without an answer the client would choose positions of its own; hold them until `begin` has chosen.
-            self._unplaced = fault.args[0].str()
+        except (KafkaException, Outlived) as fault:
+            # Without positions the client would choose its own; hold the partitions until `begin` has chosen.
+            if isinstance(fault, Outlived):
+                self._unplaced = fault
+            else:
+                detail = f"no start position: {fault.args[0].str()}"
+                self._unplaced = Unavailable("Kafka", "kafka.brokers", detail)
             held = [TopicPartition(self._topic, tp.partition, OFFSET_STORED) for tp in partitions]
             self._consumer.incremental_assign(held)
             self._consumer.pause(held)
@@ -282,14 +313,14 @@ class Source:
     def poll(self, timeout_secs: float) -> list[Record]:
         """A batch, in the order of each partition. Serves rebalances, so it must be called while paused too.
 
-        Raises Unavailable when the brokers do not say where a partition begins; then call `begin`.
+        Raises Unavailable when it is not known where a partition begins; then call `begin`.
         """
         try:
             records = self._batch(timeout_secs)
         except KafkaException as fault:
             raise self._unavailable(fault) from fault
         if self._unplaced is not None:
-            raise Unavailable("Kafka", "kafka.brokers", f"no start position: {self._unplaced}")
+            raise self._unplaced
         return records
 
     def _batch(self, timeout_secs: float) -> list[Record]:
@@ -415,8 +446,9 @@ class Source:
         mine = {p: at for p, at in positions.items() if p in self._assigned}
         if not mine:
             return
+        now_ms = self._clock.now().wall_ms
         offsets = [
-            TopicPartition(self._topic, p, at, metadata=Commit(at, epoch, low_ms).metadata)
+            TopicPartition(self._topic, p, at, metadata=Commit(at, epoch, low_ms, now_ms).metadata)
             for p, at in mine.items()
         ]
         try:

@@ -73,7 +73,12 @@ class Worker:
         self.ingest = Ingest(
             settings,
             source=lambda revoked: Source(
-                settings.kafka, embedded=False, revoked=revoked, clients=clients, clock=self._clock
+                settings.kafka,
+                embedded=False,
+                revoked=revoked,
+                verdict_secs=settings.redis.trace_ttl_secs,
+                clients=clients,
+                clock=self._clock,
             ),
             connect=self._connect,
             rules=lambda: self.rules,
