@@ -102,6 +102,7 @@ class Ingest:
         self._log_time: dict[int, int] = {}
         self._sizes: dict[bytes, tuple[int, int]] = {}
         self._waiting: deque[Acknowledged] = deque()
+        self._stamps: dict[int, int] = {}  # second of log time → oldest time stamp of a record taken in then
         self._safe: dict[int, int] = {}
         self._committed: dict[int, int] = {}
         self._begun = False
@@ -159,6 +160,7 @@ class Ingest:
         self._log_time.clear()
         self._sizes.clear()
         self._waiting.clear()
+        self._stamps.clear()
         self._safe.clear()
         self._committed.clear()
         self.source.begin(epoch)
@@ -203,6 +205,9 @@ class Ingest:
     def _in_log_time(self, record: Record, now: Now) -> Record:
         reached = max(self._log_time.get(record.partition, 0), min(record.timestamp_ms, now.wall_ms))
         self._log_time[record.partition] = reached
+        if record.timestamp_ms < reached:
+            second = reached // 1000
+            self._stamps[second] = min(self._stamps.get(second, reached), record.timestamp_ms)
         return replace(record, timestamp_ms=reached)
 
     def _oversized(self, chunks: Chunks) -> set[int]:
@@ -260,8 +265,18 @@ class Ingest:
             low = min(self._log_time.values(), default=now.wall_ms)
         # What is not committed yet may be delivered again though it landed: a restore must read back that far (16).
         low = min([low, *(batch.oldest_ms for batch in self._waiting)])
-        self.source.commit(self._safe, buffer.epoch or "", low, wait=wait)
+        self.source.commit(self._safe, buffer.epoch or "", self._oldest_stamp(low), wait=wait)
         self._committed |= self._safe
+
+    def _oldest_stamp(self, low_ms: int) -> int:
+        """The oldest time stamp of what was taken in at `low_ms` of log time or later.
+
+        A new life finds records again by the time stamps in the log, which may be older than the log time that they
+        were given here: a producer's batch lingers, a mirror is behind. One entry a second of what Redis holds.
+        """
+        for second in [second for second in self._stamps if second < low_ms // 1000]:
+            del self._stamps[second]
+        return min([low_ms, *self._stamps.values()])
 
     def _on_revoked(self, partitions: set[int]) -> None:
         """What is settled is committed; the rest is read again by the next owner and cut away by its offsets."""

@@ -44,6 +44,7 @@ PARTITIONS_REFRESH_SECS = 30.0
 DEAD_LETTER_TIMEOUT_SECS = 30.0
 PREFETCH_BYTES = 64 << 20  # librdkafka's own queue; its default of 64 MB a partition would be gigabytes
 DETAIL_CHARS_MAX = 500
+CLOCKS_APART_MS = 10_000  # by how much clocks of processes may differ
 OUTLIVED_SHARE = 0.5  # of a verdict's time: the rest is for reading again what follows the commit
 
 _FATAL_FOR_CONFIG = {
@@ -167,6 +168,7 @@ class Source:
             self._admin = clients.admin(common | {"error_cb": self._on_error})
         except KafkaException as fault:
             raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
+        self._inherited: dict[int, tuple[int, int]] = {}
         self._subscribed = False
         self._unplaced: Unavailable | None = None
 
@@ -219,6 +221,7 @@ class Source:
             if commit.epoch != self._epoch and commit.low_ms is not None:
                 starts[tp.partition] = self._rewound(tp.partition, commit.offset, commit.low_ms)
             self._check_age(tp.partition, starts[tp.partition], commit)
+            self._inherit(tp.partition, commit)
         if fresh:
             starts |= self._first_starts(fresh)
         return starts
@@ -235,6 +238,23 @@ class Source:
                 committed,
             )
         return int(start)
+
+    def _inherit(self, partition: int, commit: Commit) -> None:
+        """Redis may hold records before the commit, whose time stamps only their reader knew: its `low` goes on.
+
+        It does so until all that Redis holds is from later than now by log time.
+        """
+        if commit.epoch == self._epoch and commit.low_ms is not None:
+            self._inherited[partition] = (self._clock.now().wall_ms + CLOCKS_APART_MS, commit.low_ms)
+        else:
+            self._inherited.pop(partition, None)
+
+    def _low_of(self, partition: int, low_ms: int) -> int:
+        until_ms, inherited_ms = self._inherited.get(partition, (0, low_ms))
+        if low_ms > until_ms:
+            self._inherited.pop(partition, None)
+            return low_ms
+        return min(low_ms, inherited_ms)
 
     def _check_age(self, partition: int, start: int, commit: Commit) -> None:
         """Raises Outlived when records follow whose verdicts were last known to be in Redis too long ago.
@@ -448,7 +468,9 @@ class Source:
             return
         now_ms = self._clock.now().wall_ms
         offsets = [
-            TopicPartition(self._topic, p, at, metadata=Commit(at, epoch, low_ms, now_ms).metadata)
+            TopicPartition(
+                self._topic, p, at, metadata=Commit(at, epoch, self._low_of(p, low_ms), now_ms).metadata
+            )
             for p, at in mine.items()
         ]
         try:

@@ -37,8 +37,9 @@ class Fleet:
     workers: list[Worker] = field(default_factory=list)
     rules: RuleSet = field(default_factory=RuleSet)
 
-    def start(self, name: str, skew_secs: float) -> Worker:
-        worker = Worker(self, Process(name, skew_secs))
+    def start(self, name: str, skew_secs: float, seat: str = "") -> Worker:
+        """`seat` is `kafka.group_instance_id`; empty without static membership."""
+        worker = Worker(self, Process(name, skew_secs), seat)
         self.workers.append(worker)
         return worker
 
@@ -58,12 +59,14 @@ class Fleet:
 class Worker:
     """One process: an ingest loop, decide loops, and the heartbeat, as `tss.service` runs them."""
 
-    def __init__(self, fleet: Fleet, process: Process) -> None:
+    def __init__(self, fleet: Fleet, process: Process, seat: str) -> None:
         self.process = process
+        self.seat = seat
         self.rules = fleet.rules
         self._fleet = fleet
         self._world = world = fleet.world
-        self._settings = settings = fleet.settings
+        kafka = fleet.settings.kafka.model_copy(update={"group_instance_id": seat or None})
+        self._settings = settings = fleet.settings.model_copy(update={"kafka": kafka})
         self._clock = SimClock(world, process)
         self._stop = threading.Event()
         self._ids = world.chance(f"ids {process.name}")

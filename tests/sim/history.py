@@ -6,9 +6,10 @@ leaving things out. Faults end after `Plan.active_secs`; from then on everything
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -30,7 +31,9 @@ BACKLOG_SECS = 3600.0
 SKEW_SECS = 0.3
 INACTIVITY_SECS = 2.0
 LEASE_SECS = 4.0
+SLEEP_TTL_SECS = 100.0  # of verdicts, where all processes may be away for as long; else nothing expires
 SESSION_SECS = 3.0
+GARBAGE = b"\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,12 @@ class SpanPlan:
 
 @dataclass(frozen=True, slots=True)
 class RecordPlan:
-    """A record, `at_secs` after the beginning."""
+    """A record, written `at_secs` after the beginning with a time stamp from before. No spans: it cannot be read."""
 
     at_secs: float
     partition: int
     spans: tuple[SpanPlan, ...]
+    behind_secs: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Plan:
     ttl_secs: float = 3600.0
     skewed: bool = False
     backlog: bool = False
+    static: bool = False
 
     @property
     def decides_early(self) -> bool:
@@ -96,9 +101,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A record of the log, as it stands there."""
+    """A record of the log, as it stands there.
+
+    No reader's clock passes `reached_ms` before it has read this record: the newest time stamp up to it, or when it
+    came, if anybody could ask for the end of the log before.
+    """
 
     timestamp_ms: int
+    reached_ms: int
     spans: tuple[SpanPlan, ...]
 
 
@@ -130,8 +140,9 @@ FAULTS = (
         "catalog_unheard",
         "catalog_lost",
     ),
-    *("catalog_late", "catalog_down", "catalog_slow", "rules"),
+    *("catalog_late", "catalog_down", "catalog_slow", "rules", "blackout"),
 )
+LONGEST_BEHIND_SECS = 3.0  # more than the inactivity timeout
 
 
 def draw(seed: int) -> Plan:
@@ -161,7 +172,35 @@ def draw(seed: int) -> Plan:
         _fault(chance, kind, active_secs)
         for kind in chance.choices(FAULTS, k=chance.choice((0, 1, 3, 6, 10)))
     ]
-    return replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at_secs)))
+    return _varied(replace(plan, faults=_in_time(faults)))
+
+
+def _in_time(faults: Iterable[Fault]) -> tuple[Fault, ...]:
+    return tuple(sorted(faults, key=lambda fault: fault.at_secs))
+
+
+def _varied(plan: Plan) -> Plan:
+    """What only some histories have; from a stream of its own."""
+    chance = random.Random(f"variety {plan.seed}")
+    records = list(plan.records)
+    if chance.random() < 0.3:
+        late = (chance.choice((0.0, 0.0, chance.uniform(0, LONGEST_BEHIND_SECS))) for _ in itertools.count())
+        records = [replace(r, behind_secs=round(secs, 3)) for r, secs in zip(records, late, strict=False)]
+    if chance.random() < 0.25:
+        for record in [r for r in records if chance.random() < 0.2]:
+            at_secs = min(plan.active_secs, record.at_secs + chance.uniform(0, 3 * INACTIVITY_SECS))
+            again = replace(record, at_secs=round(at_secs, 3), partition=chance.randrange(plan.partitions))
+            records.append(replace(again, spans=again.spans[: chance.randint(1, 2)]))
+    if chance.random() < 0.25:
+        for _ in range(chance.randint(1, 4)):
+            at_secs = round(chance.uniform(0, plan.active_secs), 3)
+            records.append(RecordPlan(at_secs, chance.randrange(plan.partitions), ()))
+    plan = replace(plan, records=tuple(sorted(records, key=lambda record: record.at_secs)))
+    plan = replace(plan, static=chance.random() < 0.2)
+    if chance.random() < 0.1:
+        sleep = Fault(round(chance.uniform(2, plan.active_secs), 3), "sleep", 0, 1.0, chance.uniform(30, 160))
+        plan = replace(plan, ttl_secs=SLEEP_TTL_SECS, faults=_in_time((*plan.faults, sleep)))
+    return plan
 
 
 def _fault(chance: random.Random, kind: str, active_secs: float) -> Fault:
@@ -229,7 +268,9 @@ def span_bytes(trace: int, number: int) -> bytes:
 
 
 def encoded(spans: Sequence[SpanPlan]) -> bytes:
-    """As a Collector would send them; the first span of a trace is its root."""
+    """As a Collector would send them, or as nobody should; the first span of a trace is its root."""
+    if not spans:
+        return GARBAGE
     made = [
         Span(
             trace_id=trace_bytes(span.trace),
@@ -273,6 +314,8 @@ class Player:
         self.log: dict[tuple[int, int], Written] = {}
         self._chance = world.chance("player")
         self._born = 0
+        self._asleep_until = 0.0
+        self._reached_ms: dict[int, int] = {}
         self._breaches: list[str] = []
 
     def play(self) -> Outcome:
@@ -284,8 +327,9 @@ class Player:
         for fault in plan.faults:
             world.at(T0_SECS + fault.at_secs, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
         self._look()
-        healed = T0_SECS + plan.active_secs
-        world.run(healed)
+        world.run(T0_SECS + plan.active_secs)
+        world.run(self._asleep_until)
+        healed = world.now_secs
         self._heal()
         drained = False
         while not drained and world.now_secs < healed + DRAIN_SECS:
@@ -314,19 +358,21 @@ class Player:
     def _schedule(self, record: RecordPlan) -> None:
         at = T0_SECS + record.at_secs
         if self.plan.backlog and record.at_secs < self.plan.active_secs / 2:
-            self._write(record, at - BACKLOG_SECS)
+            self._write(record, at - BACKLOG_SECS, came_ms=0)
         else:
-            self.world.at(at, lambda: self._write(record, at))
+            self.world.at(at, lambda: self._write(record, at, came_ms=int(at * 1000)))
 
-    def _write(self, record: RecordPlan, timestamp_secs: float) -> None:
-        timestamp_ms = int(timestamp_secs * 1000)
-        offset = self.fleet.broker.append(record.partition, timestamp_ms, encoded(record.spans))
-        self.log[record.partition, offset] = Written(timestamp_ms, record.spans)
+    def _write(self, record: RecordPlan, at_secs: float, came_ms: int) -> None:
+        timestamp_ms, partition = int((at_secs - record.behind_secs) * 1000), record.partition
+        offset = self.fleet.broker.append(partition, timestamp_ms, encoded(record.spans))
+        self._reached_ms[partition] = max(self._reached_ms.get(partition, 0), timestamp_ms, came_ms)
+        self.log[partition, offset] = Written(timestamp_ms, self._reached_ms[partition], record.spans)
 
-    def _start(self) -> None:
+    def _start(self, seat: str = "") -> None:
+        """A process that takes another's seat is the same member of the group to Kafka, where membership is static."""
         self._born += 1
         skew = self._chance.uniform(-SKEW_SECS, SKEW_SECS) if self.plan.skewed else 0.0
-        self.fleet.start(f"p{self._born}", skew)
+        self.fleet.start(f"p{self._born}", skew, (seat or f"s{self._born}") if self.plan.static else "")
 
     def _heal(self) -> None:
         """Faults stop: everything is up again, and somebody works."""
@@ -363,7 +409,7 @@ class Player:
             if not kept or landed.get(writer, 0) >= sequence  # else a restore has it decided again
             for record in parse_records(records)
         }
-        return self.log.keys() <= told
+        return {record for record, written in self.log.items() if written.spans} <= told
 
     def _end(self) -> None:
         for worker in self.fleet.workers:
@@ -384,6 +430,8 @@ class Player:
         elif kind == "join":
             self.world.inject(kind, "one more process")
             self._start()
+        elif kind in ("blackout", "sleep"):
+            self._darken(fault)
         elif kind == "rules":
             self._change_rules(DROP_ALL if fault.share == 0 else KEEP_ALL)
         elif kind.startswith("redis"):
@@ -407,7 +455,18 @@ class Player:
             fleet.crash(victim)
         else:
             victim.terminate()
-        world.after(fault.secs, self._start)
+        world.after(fault.secs, lambda: self._start(victim.seat))
+
+    def _darken(self, fault: Fault) -> None:
+        """All processes die at once; new ones come after a while. What outlives verdicts is waited for by the end."""
+        fleet, world = self.fleet, self.world
+        fallen = fleet.running()
+        world.inject(fault.kind, f"{len(fallen)} processes, {fault.secs:.1f} s")
+        for worker in fallen:
+            fleet.crash(worker)
+            world.after(fault.secs, lambda worker=worker: self._start(worker.seat))  # type: ignore[misc]
+        if fault.kind == "sleep":
+            self._asleep_until = max(self._asleep_until, world.now_secs + fault.secs)
 
     def _change_rules(self, rule: ForceRule) -> None:
         """Processes hear of it at different times."""

@@ -87,8 +87,23 @@ class Broker:
     # --- the group ---
 
     def join(self, member: SimConsumer) -> None:
-        self._members.append(member)
-        self._balance()
+        """With static membership a new process takes the place of the one that had its seat."""
+        before = next((m for m in self._members if member.seat and m.seat == member.seat), None)
+        if before is None:
+            self._members.append(member)
+            self._balance()
+            return
+        self.world.tell(f"{member.process.name} takes the seat of {before.process.name}")
+        self._members[self._members.index(before)] = member
+        self._owner = {p: m for p, m in self._owner.items() if m is not before}
+        self._target = {p: member if m is before else m for p, m in self._target.items()}
+
+    def close(self, member: SimConsumer) -> None:
+        """A member ends as it should. One with a seat does not leave: its partitions wait for the session time."""
+        if member.seat:
+            self.watch(member.process)
+        else:
+            self.leave(member)
 
     def leave(self, member: SimConsumer) -> None:
         if member in self._members:
@@ -103,9 +118,10 @@ class Broker:
         """A process went silent: the group goes on without it unless it is heard of within the session time."""
 
         def check() -> None:
+            members = [m for m in self._members if m.process is process]
             if process.alive and process.stopped_until <= self.world.now_secs:
-                return
-            for member in [m for m in self._members if m.process is process]:
+                members = [m for m in members if m.closed]
+            for member in members:
                 self.world.tell(f"the group goes on without {process.name}")
                 self.leave(member)
 
@@ -193,6 +209,8 @@ class SimConsumer:
         self._broker = broker
         self._world = broker.world
         self.process = process
+        self.seat: str = options.get("group.instance.id", "")
+        self.closed = False
         self._on_commit: Callable[..., None] = options.get("on_commit", lambda *_: None)
         self._on_assign: Callable[..., None] | None = None
         self._on_revoke: Callable[..., None] | None = None
@@ -258,7 +276,8 @@ class SimConsumer:
         held = sorted(self._position)
         if held and self._on_revoke is not None and self._broker.is_member(self):
             self._on_revoke(self, self._partitions(held))
-        self._broker.leave(self)
+        self.closed = True
+        self._broker.close(self)
         self._position.clear()
 
     # --- reading ---

@@ -25,7 +25,9 @@ def to_json(plan: Plan) -> str:
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]
     records = [
-        [r.at_secs, r.partition, [[s.trace, s.number, int(s.error)] for s in r.spans]] for r in plan.records
+        [r.at_secs, r.partition, [[s.trace, s.number, int(s.error)] for s in r.spans]]
+        + ([r.behind_secs] if r.behind_secs else [])
+        for r in plan.records
     ]
     lines.append(f'  "records": {_rows(records)}')
     lines.append(f'  "faults": {_rows([[f.at_secs, f.kind, f.which, f.share, f.secs] for f in plan.faults])}')
@@ -40,9 +42,12 @@ def from_json(text: str) -> Plan:
     values: dict[str, Any] = json.loads(text)
     records = tuple(
         RecordPlan(
-            at, partition, tuple(SpanPlan(trace, number, bool(error)) for trace, number, error in spans)
+            at,
+            partition,
+            tuple(SpanPlan(trace, number, bool(error)) for trace, number, error in spans),
+            *behind,
         )
-        for at, partition, spans in values.pop("records")
+        for at, partition, spans, *behind in values.pop("records")
     )
     faults = tuple(Fault(*fault) for fault in values.pop("faults"))
     return replace(Plan(values.pop("seed"), records, faults), **values)

@@ -84,15 +84,14 @@ def conservation(outcome: Outcome) -> list[str]:
     return found + [f"trace {t}: record {r} is not its own" for t, r in sorted(counts.keys() - expected)]
 
 
-def _expected_spans(outcome: Outcome) -> set[tuple[str, str]]:
-    return {
-        (trace_bytes(row.trace).hex(), span_bytes(row.trace, span.number).hex())
-        for row in decided(outcome)
-        if row.kept
-        for record in row.records
-        for span in outcome.log[record].spans
-        if span.trace == row.trace
-    }
+def _expected_spans(outcome: Outcome) -> Counter[tuple[str, str]]:
+    """Spans to be kept, and in how many records each is."""
+    records = {(row.trace, record) for row in decided(outcome) if row.kept for record in row.records}
+    return Counter(
+        (trace_bytes(trace).hex(), span_bytes(trace, number).hex())
+        for trace, record in records
+        for number in {span.number for span in outcome.log[record].spans if span.trace == trace}
+    )
 
 
 def _spans(outcome: Outcome) -> Counter[tuple[str, str]]:
@@ -104,15 +103,15 @@ def nothing_lost(outcome: Outcome) -> list[str]:
     """No span of a kept trace is missing from `spans`."""
     return [
         f"lost: span {span} of {trace}"
-        for trace, span in sorted(_expected_spans(outcome) - _spans(outcome).keys())
+        for trace, span in sorted(_expected_spans(outcome).keys() - _spans(outcome).keys())
     ]
 
 
 def nothing_doubled(outcome: Outcome) -> list[str]:
-    """No span is in `spans` twice, and none is there that was not decided to be kept."""
-    spans = _spans(outcome)
-    found = [f"{n} times: span {span} of {trace}" for (trace, span), n in sorted(spans.items()) if n > 1]
-    return found + [f"not kept: span {s} of {t}" for t, s in sorted(spans.keys() - _expected_spans(outcome))]
+    """No span is in `spans` more often than in the log, and none is there that was not decided to be kept."""
+    spans, kept = _spans(outcome), _expected_spans(outcome)
+    found = [f"{n} times: span {s} of {t}" for (t, s), n in sorted(spans.items()) if n > max(1, kept[t, s])]
+    return found + [f"not kept: span {s} of {t}" for t, s in sorted(spans.keys() - kept.keys())]
 
 
 def one_verdict(outcome: Outcome) -> list[str]:
@@ -142,6 +141,14 @@ def errors_are_kept(outcome: Outcome) -> list[str]:
     ]
 
 
+def letters_arrive(outcome: Outcome) -> list[str]:
+    """What cannot be read is in the dead-letter topic at least once, and nothing else is."""
+    unreadable = {record for record, written in outcome.log.items() if not written.spans}
+    letters = set(outcome.fleet.broker.letters)
+    found = [f"record {r} can be read" for r in sorted(letters - unreadable)]
+    return found + [f"record {r} is nowhere" for r in sorted(unreadable - letters) if outcome.drained]
+
+
 def not_early(outcome: Outcome) -> list[str]:
     """No trace is judged before it was quiet by log time, unless a trigger says so."""
     if outcome.plan.decides_early or outcome.plan.root_wait_secs is not None:
@@ -157,7 +164,7 @@ def not_early(outcome: Outcome) -> list[str]:
             if row.trigger not in TRIGGERS_OF_QUIET or (row.trigger == "late" and outcome.plan.backlog):
                 continue  # a redelivery of what landed an hour ago makes its late spans look as old
             last_ms = max(outcome.log[record].timestamp_ms for record in row.records)
-            early = [r for r in missing if outcome.log[r].timestamp_ms <= last_ms + wait_ms]
+            early = [r for r in missing if outcome.log[r].reached_ms <= last_ms + wait_ms]
             found += [f"trace {trace}: judged without record {record}" for record in sorted(early)]
     return found
 
@@ -182,6 +189,7 @@ LAWS: tuple[Callable[[Outcome], list[str]], ...] = (
     conservation,
     nothing_lost,
     nothing_doubled,
+    letters_arrive,
     one_verdict,
     errors_are_kept,
     not_early,
