@@ -162,7 +162,7 @@ def record(
             trace_id=trace_id(trace),
             span_id=(offset << 16 | i + 1).to_bytes(8, "big"),
             parent_span_id=b"" if root else b"\1" * 8,
-            name="x" * size,
+            name=random.Random(offset).randbytes(size // 2).hex(),
         )
         for i in range(spans)
     ]

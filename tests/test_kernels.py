@@ -277,8 +277,8 @@ def test_a_copy_or_a_load_outside_of_its_buffer_is_refused() -> None:
 
 def test_the_slow_twin_can_be_chosen() -> None:
     """`app.kernels=python` decodes by the twin, `numba` by kernels that are ready."""
-    assert compiler.decoder("python") is wire.decode
-    ready = compiler.decoder("numba")
+    assert compiler.load("python") is compiler.PYTHON
+    ready = compiler.load("numba").decode
     assert ready is not wire.decode
     assert (
         fuzz.difference(ready([record(value=PLAIN)], RULES), wire.decode([record(value=PLAIN)], RULES))
@@ -301,7 +301,7 @@ def test_the_cache_moves_to_a_private_folder_where_its_own_cannot_be_written(
     assert compiler._cache_folder() != private
 
 
-WARM_UP = "from tss import compiler; compiler.decoder('numba'); from tss.kernels import KERNELS; print(sum(sum(k.stats.cache_misses.values()) for k in KERNELS))"
+WARM_UP = "from tss import compiler; compiler.load('numba'); from tss.kernels import KERNELS; print(sum(sum(k.stats.cache_misses.values()) for k in KERNELS))"
 
 
 @pytest.mark.embedded

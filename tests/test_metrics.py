@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prometheus_client import generate_latest
+import numpy as np
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tss.metrics import PREFIX, Metrics
+from tss.metrics import PREFIX, Metrics, observe_all
 
 PACKAGE = Path(__file__).parent.parent / "tss"
 
@@ -28,3 +29,20 @@ def test_every_metric_has_a_help_text_and_the_prefix() -> None:
     ours = [family for family in families if family.name.startswith(PREFIX)]
     assert len(ours) == len(vars(Metrics())) - 1
     assert [family.name for family in ours if not family.documentation.endswith(".")] == []
+
+
+def test_many_observations_at_once_are_as_one_by_one() -> None:
+    """On a bound, between bounds, beyond the last: the same buckets, count and sum."""
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 7.0, 7.0]
+    pages = []
+    for at_once in (True, False):
+        registry = CollectorRegistry()
+        histogram = Histogram("secs", "Some.", buckets=(0.5, 1, 2), registry=registry)
+        if at_once:
+            observe_all(histogram, np.array(values))
+            observe_all(histogram, np.array([]))
+        else:
+            for value in values:
+                histogram.observe(value)
+        pages.append(generate_latest(registry))
+    assert pages[0] == pages[1]

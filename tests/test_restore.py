@@ -24,7 +24,7 @@ from tss import config
 from tss.buffer import Buffer, Recorded, Timers
 from tss.errors import Fenced, LinkLost, Unavailable
 from tss.metrics import Metrics
-from tss.model import Record, Trigger, Verdict
+from tss.model import NO_START, Record, Trigger, Verdict, format_records
 from tss.restore import is_current, restore
 from tss.rows import SPANS, Decision, decision_table
 from tss.rules import RuleSet
@@ -95,8 +95,10 @@ class Process:
     def land_decision(
         self, sequence: int, trace: int, verdict: Verdict, *offsets: int, log_ms: int = T0_MS
     ) -> bool:
-        records = frozenset((0, offset) for offset in offsets)
-        decision = Decision(trace_id(trace), verdict, False, 1, True, None, 0.0, log_ms, records)
+        records = format_records((0, offset) for offset in offsets)
+        decision = Decision(
+            trace_id(trace), verdict, verdict.trigger, False, 1, True, NO_START, 0.0, log_ms, records
+        )
         rows = decision_table([decision], DECIDED_AT, self.writer, sequence)
         return self.sink.commit(self.sink.upload("decisions", rows), self.writer, sequence, self.epoch)
 

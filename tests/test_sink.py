@@ -36,7 +36,7 @@ from tests.stack.stack import S3_KEY_ID, S3_SECRET
 from tss import config
 from tss.errors import ConfigError, Fenced, Unavailable
 from tss.metrics import Metrics
-from tss.model import Trigger, Verdict
+from tss.model import NO_START, Trigger, Verdict
 from tss.rows import DECISIONS, SPANS, Decision, decision_table
 from tss.sink import Kind, Sink
 
@@ -144,7 +144,18 @@ def spans(*span_ids: str, start: datetime = T0, trace: str = "01") -> pa.Table:
 def decisions(*traces: int, last_log_ms: int = T0_MS, writer: str = "w", sequence: int = 1) -> pa.Table:
     verdict = Verdict(True, "error", "", 1.0, Trigger.INACTIVITY, 7)
     rows = [
-        Decision(t.to_bytes(16, "big"), verdict, False, 1, True, None, 0.0, last_log_ms, frozenset({(0, t)}))
+        Decision(
+            t.to_bytes(16, "big"),
+            verdict,
+            verdict.trigger,
+            False,
+            1,
+            True,
+            NO_START,
+            0.0,
+            last_log_ms,
+            f"0:{t}",
+        )
         for t in traces
     ]
     return decision_table(rows, T0, writer, sequence)

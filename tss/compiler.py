@@ -18,33 +18,45 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from tss import wire
+from tss import model, wire
+from tss.judge import ListRecords
 from tss.model import Record
 from tss.rules import RuleSet
 from tss.wire import Decoded
 
 log = logging.getLogger("tss")
 
-Decode: TypeAlias = Callable[[Sequence[Record], RuleSet], Decoded]
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The functions of the hot path, compiled or not. `decode` is for one thread, the others for any number."""
+
+    decode: Callable[[Sequence[Record], RuleSet], Decoded]
+    list_records: ListRecords
+
+
+PYTHON = Kernels(wire.decode, model.list_records)
 
 NOTICE_SECS = 1.0  # loading takes less; whoever waits longer is told why
 
 
-def decoder(kernels: Literal["numba", "python"]) -> Decode:
-    """What `app.kernels` asks for, compiled and loaded. For one thread. Without numba, the slow twin and a warning."""
+def load(kernels: Literal["numba", "python"]) -> Kernels:
+    """What `app.kernels` asks for, compiled and loaded. Without numba, the slow twins and a warning."""
     if kernels == "python":
-        return wire.decode
+        return PYTHON
     try:
         import numba.core.config
     except ImportError as missing:
         log.warning("Decoding is slow: numba cannot be imported (%s); app.kernels=python is used", missing)
-        return wire.decode
+        return PYTHON
     numba_config: Any = numba.core.config
     numba_config.CACHE_DIR = str(_cache_folder())
-    from tss.kernels import Decoder, warm_up
+    from tss import kernels as decoding
+    from tss import origins
 
     started = time.monotonic()
     notice = threading.Timer(
@@ -53,12 +65,12 @@ def decoder(kernels: Literal["numba", "python"]) -> Decode:
     notice.daemon = True
     notice.start()
     try:
-        compiled = warm_up()
+        compiled = decoding.warm_up() + origins.warm_up()
     finally:
         notice.cancel()
     if compiled:
         log.info("Compiled %d kernels in %.1f s", compiled, time.monotonic() - started)
-    return Decoder().decode
+    return Kernels(decoding.Decoder().decode, origins.list_records)
 
 
 def _cache_folder() -> Path:

@@ -18,21 +18,23 @@ import logging
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from tss import config, crashpoints, restore
 from tss.buffer import Buffer, Recorded, Timers
 from tss.clock import Clock
+from tss.compiler import PYTHON
 from tss.errors import Fenced, Unavailable
-from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
-from tss.metrics import Metrics
-from tss.model import ERROR, NO_START, Claimed, Now, Trigger, Verdict, epoch_name
+from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrades, summarise
+from tss.metrics import Metrics, observe_all
+from tss.model import Claimed, Now, Trigger, Verdict, epoch_name
 from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
@@ -127,6 +129,7 @@ class Writer:
         self.stalled: tuple[int, ...] = ()
         self.clock_ms: int | None = None
         self.due = 0
+        self.kernels = PYTHON  # until they are compiled
         metrics.open_sequence_age.labels(name).set_function(self._open_age_secs)
 
     @property
@@ -250,12 +253,12 @@ class Writer:
             sequence.traces += [trace_id for trace_id, _ in claimed if trace_id not in found]
         if not traces:
             return
-        summary = summarise(traces, rules)
+        summary = summarise(traces, rules, self.kernels.list_records)
         self._average_spans = max(1.0, float(summary.spans.mean()))
         masks = self._fresh_masks(buffer, traces, summary, rules)
         active = rules.active(from_millis(self._clock.now().wall_ms))
         candidates = judge(traces, summary, self._policies, rules, active, masks)
-        upgrades = map(late_upgrade, candidates, summary.errors)
+        upgrades = late_upgrades(candidates, summary.errors.tolist())
         ids = (trace.trace_id for trace in traces)
         recorded = buffer.record(
             self.id, sequence.owner, sequence.number, list(zip(ids, candidates, upgrades, strict=True))
@@ -263,9 +266,7 @@ class Writer:
         crashpoints.passed("after-record")
         rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]
         chunks = dict(zip(rows, buffer.payloads([traces[row].trace_id for row in rows]), strict=True))
-        for row, (trace, outcome) in enumerate(zip(traces, recorded, strict=True)):
-            if outcome is not None:
-                self._add(sequence, trace, outcome, summary, row, chunks.get(row))
+        self._add(sequence, traces, recorded, summary, chunks)
 
     def _fresh_masks(
         self, buffer: Buffer, traces: Sequence[Claimed], summary: Summary, rules: RuleSet
@@ -285,45 +286,45 @@ class Writer:
     def _add(
         self,
         sequence: OpenSequence,
-        trace: Claimed,
-        outcome: Recorded,
+        traces: Sequence[Claimed],
+        recorded: Sequence[Recorded | None],
         summary: Summary,
-        row: int,
-        chunks: dict[bytes, bytes] | None,
+        chunks: Mapping[int, dict[bytes, bytes]],
     ) -> None:
-        pieces = cut(chunks or dict.fromkeys(trace.fields, b""), outcome.coverage)
-        late = bool(outcome.coverage)
-        verdict = outcome.verdict
-        sequence.traces.append(trace.trace_id)
-        self._metrics.spans_duplicate.inc(pieces.duplicates)
-        if not pieces.records:
-            return
-        if chunks is None:
-            sequence.dropped.append(trace.trace_id)
-        else:
-            sequence.cuts.append((trace.trace_id, verdict, late, pieces))
-            sequence.spans += pieces.spans
-        start = int(summary.start_ns[row])
-        sequence.decisions.append(
-            Decision(
-                trace_id=trace.trace_id,
-                verdict=Verdict(
-                    verdict.kept,
-                    verdict.reason,
-                    verdict.policy,
-                    verdict.probability,
-                    Trigger.LATE if late else trace.trigger,
-                    verdict.rules,
-                ),
-                late=late,
-                span_count=pieces.spans,
-                error=bool(summary.bits[row] & ERROR),
-                start_ns=None if start == NO_START else start,
-                duration_ms=float(summary.duration_ms[row]),
-                last_log_ms=int(summary.last_log_ms[row]),
-                records=pieces.records,
-            )
+        """`chunks` are those of the kept rows. Most traces are new and have nothing twice: nothing is cut there."""
+        columns = (
+            *(traces, recorded, summary.records, summary.repeated),
+            *(summary.spans.tolist(), summary.errors.tolist(), summary.start_ns.tolist()),
+            *(summary.duration_ms.tolist(), summary.last_log_ms.tolist()),
         )
+        for row, values in enumerate(zip(*columns, strict=True)):
+            trace, outcome, records, again, spans, error, start_ns, duration_ms, last_log_ms = values
+            if outcome is None:
+                continue
+            verdict, coverage = outcome.verdict, outcome.coverage
+            late = bool(coverage)
+            sequence.traces.append(trace.trace_id)
+            payloads = chunks.get(row)
+            if late or again:
+                pieces = cut(payloads or dict.fromkeys(trace.fields, b""), coverage)
+                records, spans = pieces.records, pieces.spans
+                self._metrics.spans_duplicate.inc(pieces.duplicates)
+                if not records:
+                    continue
+            elif payloads is not None:
+                pieces = Cut([(payloads[name], None) for name in sorted(payloads)], records, spans, 0)
+            if payloads is None:
+                sequence.dropped.append(trace.trace_id)
+            else:
+                sequence.cuts.append((trace.trace_id, verdict, late, pieces))
+                sequence.spans += spans
+            trigger = Trigger.LATE if late else trace.trigger
+            sequence.decisions.append(
+                Decision(
+                    *(trace.trace_id, verdict, trigger, late, spans, error),
+                    *(start_ns, duration_ms, last_log_ms, records),
+                )
+            )
 
     # --- steps 10 to 13: durable, upload, commit, release ---
 
@@ -393,27 +394,28 @@ class Writer:
 
     def _count(self, sequence: OpenSequence, repeated: int) -> None:
         metrics = self._metrics
-        now_ms = self._clock.now().wall_ms
-        for decision in sequence.decisions:
-            verdict = decision.verdict
-            metrics.decisions.labels(verdict.trigger.label).inc()
-            metrics.decision_seconds.observe(max(0.0, (now_ms - decision.last_log_ms) / 1000))
+        waited_ms = self._clock.now().wall_ms - np.array(
+            [d.last_log_ms for d in sequence.decisions], np.int64
+        )
+        observe_all(metrics.decision_seconds, np.maximum(waited_ms, 0) / 1000)
+        for verdict, trigger, late, traces, spans in _tally(sequence.decisions):
+            metrics.decisions.labels(trigger.label).inc(traces)
             if not verdict.kept:
-                metrics.spans_dropped.inc(decision.span_count)
-            if decision.late:
-                metrics.late_spans.labels("kept" if verdict.kept else "dropped").inc(decision.span_count)
+                metrics.spans_dropped.inc(spans)
+            if late:
+                metrics.late_spans.labels("kept" if verdict.kept else "dropped").inc(spans)
                 if verdict.reason != LATE_ERROR:
                     continue
             else:
-                metrics.traces_ingested.inc()
+                metrics.traces_ingested.inc(traces)
             if verdict.kept:
-                metrics.traces_sampled.labels(verdict.reason).inc()
+                metrics.traces_sampled.labels(verdict.reason).inc(traces)
             else:
-                metrics.traces_dropped.inc()
+                metrics.traces_dropped.inc(traces)
             if verdict.reason.startswith("force"):
-                metrics.force_rule_matches.labels(verdict.policy).inc()
+                metrics.force_rule_matches.labels(verdict.policy).inc(traces)
                 if verdict.kept:
-                    metrics.traces_forced.inc()
+                    metrics.traces_forced.inc(traces)
         metrics.spans_exported.inc(sequence.spans - repeated)
         metrics.spans_duplicate.inc(repeated)
 
@@ -437,3 +439,12 @@ class Writer:
             self._decide(buffer, sequence, traces)
             if self._finish(buffer, sequence):
                 self._metrics.takeovers.inc()
+
+
+def _tally(decisions: Sequence[Decision]) -> Iterator[tuple[Verdict, Trigger, bool, int, int]]:
+    """(verdict, trigger, late, traces, spans) of decisions that count alike: few, as traces share their verdicts."""
+    found: dict[tuple[int, Trigger, bool], list[Decision]] = {}
+    for d in decisions:
+        found.setdefault((id(d.verdict), d.trigger, d.late), []).append(d)
+    for (_, trigger, late), alike in found.items():
+        yield alike[0].verdict, trigger, late, len(alike), sum(d.span_count for d in alike)

@@ -21,15 +21,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 from confluent_kafka import KafkaError
 
-from tss import config, crashpoints, wire
+from tss import config, crashpoints
 from tss.buffer import LAG_SECS, Buffer, Usage
 from tss.clock import Clock
-from tss.compiler import Decode
+from tss.compiler import PYTHON
 from tss.errors import LinkLost, Outlived, Unavailable
 from tss.metrics import Metrics
-from tss.model import Chunks, DeadLetter, Now, Record
+from tss.model import TRACE_ID_BYTES, Chunks, DeadLetter, Now, Record
 from tss.rules import RuleSet
 from tss.source import Ends
 
@@ -96,7 +97,7 @@ class Ingest:
         self._rules = rules
         self._metrics = metrics
         self._clock = clock
-        self.decode: Decode = wire.decode  # or kernels that do the same, once they are compiled
+        self.kernels = PYTHON  # until they are compiled
         self._root_timer = settings.app.root_wait_secs is not None
         self._buffer: Buffer | None = None
         self._log_time: dict[int, int] = {}
@@ -180,8 +181,8 @@ class Ingest:
     # --- step 3: a batch ---
 
     def _take_in(self, buffer: Buffer, records: list[Record], now: Now) -> None:
-        records = [self._in_log_time(record, now) for record in records]
-        batch = self.decode(records, self._rules())
+        records = [self._in_log_time(record, now.wall_ms) for record in records]
+        batch = self.kernels.decode(records, self._rules())
         clocks = {r.partition: r.timestamp_ms for r in records}
         big = self._oversized(batch.chunks)
         buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
@@ -202,13 +203,13 @@ class Ingest:
             metrics.dead_letters.labels(letter.reason).inc()
             metrics.spans_rejected.labels(letter.reason).inc(letter.spans)
 
-    def _in_log_time(self, record: Record, now: Now) -> Record:
-        reached = max(self._log_time.get(record.partition, 0), min(record.timestamp_ms, now.wall_ms))
+    def _in_log_time(self, record: Record, now_ms: int) -> Record:
+        reached = max(self._log_time.get(record.partition, 0), min(record.timestamp_ms, now_ms))
         self._log_time[record.partition] = reached
         if record.timestamp_ms < reached:
             second = reached // 1000
             self._stamps[second] = min(self._stamps.get(second, reached), record.timestamp_ms)
-        return replace(record, timestamp_ms=reached)
+        return record if reached == record.timestamp_ms else replace(record, timestamp_ms=reached)
 
     def _oversized(self, chunks: Chunks) -> set[int]:
         """Rows of traces that have outgrown a limit, by what this process has seen of them lately.
@@ -218,11 +219,13 @@ class Ingest:
         """
         app = self._settings.app
         big = set()
-        for row in range(len(chunks)):
-            trace_id = chunks.trace_id(row)
+        ids = chunks.trace_ids.tobytes()
+        columns = (chunks.facts["spans"].tolist(), np.diff(chunks.field_at).tolist())
+        for row, (more_spans, more_bytes) in enumerate(zip(*columns, strict=True)):
+            trace_id = ids[row * TRACE_ID_BYTES : (row + 1) * TRACE_ID_BYTES]
             spans, size = self._sizes.pop(trace_id, (0, 0))
-            spans += int(chunks.facts["spans"][row])
-            size += int(chunks.field_at[row + 1] - chunks.field_at[row])
+            spans += more_spans
+            size += more_bytes
             if spans > app.max_trace_spans or size > app.max_trace_bytes:
                 big.add(row)
             self._sizes[trace_id] = (spans, size)
@@ -240,7 +243,9 @@ class Ingest:
             return
         clocks = dict(self._reached_ends(ends))
         if clocks:
-            buffer.append(self.decode([], self._rules()).chunks, clocks, now.wall_ms, root_timer=False)
+            buffer.append(
+                self.kernels.decode([], self._rules()).chunks, clocks, now.wall_ms, root_timer=False
+            )
         for partition, lag in self.lag.items():
             self._metrics.consumer_lag.labels(partition).set(lag)
         self._metrics.partitions_assigned.set(len(self.source.assigned))

@@ -7,13 +7,14 @@ its verdict states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tss import model
 from tss.consistent import threshold
 from tss.model import ERROR, FACTS, NO_START, Claimed, Trigger, Verdict, decode_origins
 from tss.rules import RuleSet
@@ -29,6 +30,10 @@ REASONS_KEPT = (FORCE, ERROR_REASON, LATENCY, PROBABILISTIC, LATE_ERROR)
 
 NS_PER_MS = 1_000_000
 
+ListRecords = Callable[
+    [Sequence[Claimed]], tuple[list[str], list[bool]]
+]  # `model.list_records`, or its kernel
+
 
 @dataclass(frozen=True, slots=True)
 class Policies:
@@ -42,7 +47,8 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One row a trace, over all its chunks. `stale` marks traces with a chunk whose mask is of another rule set."""
+    """One row a trace, over all its chunks. `stale` marks traces with a chunk whose mask is of another rule set,
+    `repeated` those that have a record in two chunks, after a redelivery."""
 
     spans: NDArray[np.int64]
     bits: NDArray[np.uint32]
@@ -53,8 +59,9 @@ class Summary:
     stale: NDArray[np.bool_]
     first_log_ms: NDArray[np.int64]
     last_log_ms: NDArray[np.int64]
-
     duration_ms: NDArray[np.float64]
+    records: list[str]
+    repeated: list[bool]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -71,13 +78,16 @@ def _duration_ms(start_ns: NDArray[np.uint64], end_ns: NDArray[np.uint64]) -> ND
     return np.where(known, (end_ns - start_ns).astype(np.float64) / NS_PER_MS, 0.0)
 
 
-def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
+def summarise(
+    traces: Sequence[Claimed], rules: RuleSet, list_records: ListRecords = model.list_records
+) -> Summary:
     """Every trace needs at least one field. Spans of a record that is in two chunks are counted once."""
+    records, repeated = list_records(traces)
     table = np.frombuffer(b"".join(f[: FACTS.itemsize] for t in traces for f in t.fields), FACTS)
     counts = np.array([len(t.fields) for t in traces], np.int64)
     at = np.concatenate(([0], np.cumsum(counts)[:-1])) if len(traces) else np.zeros(0, np.int64)
     spans = _reduce(np.add, table["spans"].astype(np.int64), at)
-    for row in np.flatnonzero(counts > 1).tolist():
+    for row in np.flatnonzero(repeated).tolist():
         spans[row] = _distinct_spans(traces[row])
     start_ns = _reduce(np.minimum, table["start_ns"], at)
     end_ns = _reduce(np.maximum, table["end_ns"], at)
@@ -92,6 +102,8 @@ def summarise(traces: Sequence[Claimed], rules: RuleSet) -> Summary:
         first_log_ms=_reduce(np.minimum, table["log_time_ms"], at),
         last_log_ms=_reduce(np.maximum, table["log_time_ms"] + table["log_span_ms"], at),
         duration_ms=_duration_ms(start_ns, end_ns),
+        records=records,
+        repeated=repeated,
     )
 
 
@@ -147,19 +159,23 @@ def judge(
         choice = np.where((choice < 0) & passes, index, choice)
         probability = np.where(matches, np.maximum(probability, rate), probability)
 
+    # Few are different: traces share the objects, and whoever encodes or counts them needs to do so only once each.
+    known: dict[tuple[int, int, float, Trigger], Verdict] = {}
     verdicts = []
-    for row, trace in enumerate(traces):
-        if mask := int(forced[row]):
-            rule = rules.rules[(mask & -mask).bit_length() - 1]
-            kept = rule.action == "force_keep"
-            reason = FORCE if kept else FORCE_DROP
-            verdicts.append(Verdict(kept, reason, rule.id, float(kept), trace.trigger, rules.version))
-            continue
-        picked = int(choice[row])
-        reason, policy = choices[picked][:2] if picked >= 0 else (NOT_SAMPLED, NOT_SAMPLED)
-        verdicts.append(
-            Verdict(picked >= 0, reason, policy, float(probability[row]), trace.trigger, rules.version)
-        )
+    columns = (forced.tolist(), choice.tolist(), probability.tolist())
+    for trace, mask, picked, chance in zip(traces, *columns, strict=True):
+        key = (mask & -mask, picked, chance, trace.trigger)
+        verdict = known.get(key)
+        if verdict is None:
+            if mask:
+                rule = rules.rules[(mask & -mask).bit_length() - 1]
+                kept = rule.action == "force_keep"
+                reason, policy, chance = FORCE if kept else FORCE_DROP, rule.id, float(kept)
+            else:
+                kept = picked >= 0
+                reason, policy = choices[picked][:2] if kept else (NOT_SAMPLED, NOT_SAMPLED)
+            known[key] = verdict = Verdict(kept, reason, policy, chance, trace.trigger, rules.version)
+        verdicts.append(verdict)
     return verdicts
 
 
@@ -171,3 +187,15 @@ def late_upgrade(candidate: Verdict, error: bool) -> Verdict | None:
     if not (candidate.kept and error and candidate.reason in (ERROR_REASON, FORCE)):
         return None
     return Verdict(True, LATE_ERROR, candidate.policy, candidate.probability, Trigger.LATE, candidate.rules)
+
+
+def late_upgrades(candidates: Sequence[Verdict], errors: Iterable[bool]) -> list[Verdict | None]:
+    """`late_upgrade` of each; as few objects as `judge` makes."""
+    known: dict[tuple[int, bool], Verdict | None] = {}
+    out = []
+    for candidate, error in zip(candidates, errors, strict=True):
+        key = id(candidate), error
+        if key not in known:
+            known[key] = late_upgrade(candidate, error)
+        out.append(known[key])
+    return out

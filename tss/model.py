@@ -260,3 +260,13 @@ class Claimed:
 
     def records(self) -> set[tuple[int, int]]:
         return {(o.partition, o.offset) for f in self.fields for o in decode_origins(f[FACTS.itemsize :])}
+
+
+def list_records(traces: Iterable[Claimed]) -> tuple[list[str], list[bool]]:
+    """For each trace its records as `format_records` writes them, and whether one is in it twice."""
+    texts, repeated = [], []
+    for trace in traces:
+        records = [(o.partition, o.offset) for f in trace.fields for o in decode_origins(f[FACTS.itemsize :])]
+        texts.append(format_records(records))
+        repeated.append(len(set(records)) < len(records))
+    return texts, repeated

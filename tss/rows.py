@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
@@ -23,7 +23,16 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tss.consistent import adjusted_count, parse_ot_state
-from tss.model import FACTS, SPAN_ID_BYTES, TRACE_ID_BYTES, Verdict, decode_origins, format_records
+from tss.model import (
+    FACTS,
+    NO_START,
+    SPAN_ID_BYTES,
+    TRACE_ID_BYTES,
+    Trigger,
+    Verdict,
+    decode_origins,
+    format_records,
+)
 from tss.wire import any_value, resource_frames
 
 ATTRIBUTES_MAX = 1024  # a map; more are counted in the dropped count. SDKs stop at 128 by default
@@ -132,27 +141,30 @@ DECISIONS = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What of a trace is written. `take` says, per payload, which of its spans in order; None = all."""
+    """What of a trace is written: per payload, which of its spans in order (None = all), and their records as text."""
 
     payloads: list[tuple[bytes, list[bool] | None]]
-    records: frozenset[tuple[int, int]]
+    records: str
     spans: int
     duplicates: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One row of `decisions`: what was decided of the spans that are new in this sequence."""
+class Decision(NamedTuple):
+    """One row of `decisions`: what was decided of the spans that are new in this sequence.
+
+    `trigger` is why it was looked at now, `records` is as `format_records` writes them.
+    """
 
     trace_id: bytes
     verdict: Verdict
+    trigger: Trigger
     late: bool
     span_count: int
     error: bool
-    start_ns: int | None
+    start_ns: int
     duration_ms: float
     last_log_ms: int
-    records: frozenset[tuple[int, int]]
+    records: str
 
 
 def cut(chunks: Mapping[bytes, bytes], coverage: AbstractSet[tuple[int, int]]) -> Cut:
@@ -172,36 +184,37 @@ def cut(chunks: Mapping[bytes, bytes], coverage: AbstractSet[tuple[int, int]]) -
         duplicates += len(take) - fresh_spans
         if fresh_spans:
             payloads.append((chunks[name], None if fresh_spans == len(take) else take))
-    return Cut(payloads, frozenset(seen - set(coverage)), spans, duplicates)
+    return Cut(payloads, format_records(seen - set(coverage)), spans, duplicates)
 
 
 def decision_table(
     decisions: Sequence[Decision], decided_at: datetime, writer: str, sequence: int
 ) -> pa.Table:
     """One row a decision."""
-    rows = [
-        (
-            d.trace_id.hex(),
-            d.verdict.kept,
-            d.verdict.reason,
-            d.verdict.policy,
-            d.verdict.probability,
-            d.verdict.trigger.label,
-            d.late,
-            d.span_count,
-            d.error,
-            None if d.start_ns is None else _micros(d.start_ns),
-            d.duration_ms,
-            decided_at,
-            d.last_log_ms * 1000,
-            f"{d.verdict.rules:016x}",
-            writer,
-            sequence,
-            format_records(d.records),
-        )
-        for d in decisions
-    ]
-    return _table(rows, DECISIONS)
+    if not decisions:
+        return DECISIONS.empty_table()
+    ids, verdicts, triggers, late, spans, errors, starts, durations, last, records = zip(
+        *decisions, strict=True
+    )
+    labels = {trigger: trigger.label for trigger in Trigger}
+    columns = (
+        [trace_id.hex() for trace_id in ids],
+        [v.kept for v in verdicts],
+        [v.reason for v in verdicts],
+        [v.policy for v in verdicts],
+        [v.probability for v in verdicts],
+        [labels[trigger] for trigger in triggers],
+        *(late, spans, errors),
+        [None if start_ns == NO_START else _micros(start_ns) for start_ns in starts],
+        durations,
+        pa.repeat(pa.scalar(decided_at, _MICROS), len(ids)),
+        [last_ms * 1000 for last_ms in last],
+        [f"{v.rules:016x}" for v in verdicts],
+        pa.repeat(writer, len(ids)),
+        pa.repeat(pa.scalar(sequence, pa.int64()), len(ids)),
+        records,
+    )
+    return _filled(columns, DECISIONS)
 
 
 def span_table(
@@ -348,7 +361,10 @@ def _micros(nanos: int) -> int:
 
 
 def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
+    return _filled(zip(*rows, strict=True) if rows else ((),) * len(schema), schema)
+
+
+def _filled(columns: Iterable[Any], schema: pa.Schema) -> pa.Table:
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
     )

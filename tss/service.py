@@ -20,10 +20,9 @@ from typing import Any
 
 from prometheus_client import start_http_server
 
-from tss import __version__, api, config, embedded
+from tss import __version__, api, compiler, config, embedded
 from tss.buffer import Buffer
 from tss.clock import SYSTEM
-from tss.compiler import decoder
 from tss.decide import Writer
 from tss.errors import ConfigError, Fenced, Unavailable
 from tss.ingest import Ingest
@@ -207,7 +206,10 @@ class Service:
                     self._stop.wait(pause_secs)
 
     def _take_in(self) -> None:
-        self.ingest.decode = decoder(self.settings.app.kernels)
+        kernels = compiler.load(self.settings.app.kernels)
+        self.ingest.kernels = kernels
+        for writer in self.writers:
+            writer.kernels = kernels
         self._loop("ingest", lambda now: self.ingest.step(now) >= 0, self.ingest.recover, 0)
         self.ingest.close()
 

@@ -11,16 +11,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from tests.sim import history, laws
+from tests.sim import history, laws, resp
 from tests.sim.history import Plan, play
 from tests.sim.iceberg import SimTables
 from tests.sim.links import Nodes
 from tests.sim.shorten import shorten
 from tss import buffer, decide, ingest, rows
-from tss.buffer import Buffer, Command, Link, Script
+from tss.buffer import Buffer, Link, Request, Row, Script
 from tss.decide import Writer
 from tss.errors import LinkLost
-from tss.model import FACTS, Chunks, decode_origins
+from tss.model import FACTS, decode_origins
 from tss.sink import Upload
 from tss.source import Source
 
@@ -60,7 +60,10 @@ def covered_when_recorded() -> AbstractContextManager[object]:
       redis.call('HSET', key, 'r' .. string.sub(field, {FACTS.itemsize + 1}), '')
     end
     out[#out + 1] = {{verdict, known}}"""
-    return _script("RECORD", ("out[#out + 1] = {verdict, redis.call('HKEYS', key)}", cover))
+    short_cut = "redis.call('HLEN', key) == 1"
+    return _script(
+        "RECORD", (short_cut, "false"), ("out[#out + 1] = {verdict, redis.call('HKEYS', key)}", cover)
+    )
 
 
 def covered_by_chunk() -> AbstractContextManager[object]:
@@ -79,7 +82,8 @@ def covered_by_chunk() -> AbstractContextManager[object]:
 
 def last_verdict_wins() -> AbstractContextManager[object]:
     """4: whoever records last changes the verdict."""
-    return _script("RECORD", ("if not verdict then", "if true then"))
+    first_wins = "redis.call('HSETNX', key, 'v', candidate) == 1"
+    return _script("RECORD", (first_wins, "redis.call('HSET', key, 'v', candidate)"))
 
 
 def verdict_expires() -> AbstractContextManager[object]:
@@ -123,9 +127,9 @@ class _Reconnecting(Link):
         super().__init__(connection, answer_secs)
         self._opening = False
 
-    def send(self, commands: Sequence[Command], *, wait_secs: float = 0) -> list[Any]:
+    def exchange(self, request: bytes, commands: int, *, wait_secs: float = 0) -> list[Any]:
         try:
-            return super().send(commands, wait_secs=wait_secs)
+            return super().exchange(request, commands, wait_secs=wait_secs)
         except LinkLost:
             if self._opening:
                 raise
@@ -133,7 +137,7 @@ class _Reconnecting(Link):
         connection, answer_secs = self._given
         super().__init__(connection.another(), answer_secs)
         self._opening = False
-        return super().send(commands, wait_secs=wait_secs)
+        return super().exchange(request, commands, wait_secs=wait_secs)
 
 
 def reconnecting() -> AbstractContextManager[object]:
@@ -174,9 +178,10 @@ def index_apart() -> AbstractContextManager[object]:
     """12: payloads and indexes are written one after the other."""
     together = Buffer._transaction
 
-    def apart(self: Buffer, *arguments: Any, **named: Any) -> list[Command]:
-        _, *commands, _ = together(self, *arguments, **named)
-        return [part for command in commands for part in (("MULTI",), command, ("EXEC",))]
+    def apart(self: Buffer, *arguments: Any, **named: Any) -> Request:
+        _, *commands, _ = resp.parsed(together(self, *arguments, **named).packed)
+        parts = [part for command in commands for part in (("MULTI",), tuple(command), ("EXEC",))]
+        return Request(buffer._pack(parts), len(parts))
 
     return patch.object(Buffer, "_transaction", apart)
 
@@ -186,9 +191,9 @@ def clock_of_one_node() -> AbstractContextManager[object]:
     append, claim = Buffer._transaction, Buffer.claim
 
     def without_clock(
-        self: Buffer, shard: int, chunks: Chunks, rows: Sequence[int], entries: Sequence[str], **named: Any
-    ) -> list[Command]:
-        return append(self, shard, chunks, rows, entries if shard == 0 else (), **named)
+        self: Buffer, shard: int, rows: Sequence[Row], entries: Sequence[str], **named: Any
+    ) -> Request:
+        return append(self, shard, rows, entries if shard == 0 else (), **named)
 
     def by_one_clock(self: Buffer, *arguments: Any, **named: Any) -> Any:
         ((pairs,),) = self._all({0: [("HGETALL", b"{tss:0}:clock")]}).values()
@@ -249,8 +254,8 @@ def low_without_claims() -> AbstractContextManager[object]:
     return _script(
         "CLAIM",
         (
-            "redis.call('HSET', claim, id, trigger)",
-            "redis.call('HSET', claim, id, trigger) redis.call('ZREM', tag .. 'born', id)",
+            "list[#list + 1] = trigger",
+            "list[#list + 1] = trigger redis.call('ZREM', tag .. 'born', id)",
         ),
     )
 
