@@ -1,39 +1,88 @@
-"""python -m tests.bench decode: what parts of tss cost on this machine."""
+"""python -m tests.bench: what tss costs on this machine, from Kafka to the table; `decode`: what its kernels cost."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 
-from tests.bench import decode
+from tests.bench import decode, path, report
+from tests.bench.generate import LAYOUTS
+from tests.bench.outside import real
+from tests.bench.path import Case, Plan
+from tests.bench.report import BASELINE, README, Report
 
-RUNS = 7
+DECODE_RUNS = 7
+PATH_RUNS = 3
+SPANS = 1_000_000
+KEPT_PERCENTS = (0, 10, 100)
+RULES = (0, 5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="What parts of tss cost.")
-    parser.add_argument("part", choices=["decode"])
-    parser.add_argument("--runs", type=int, default=RUNS, help=f"runs of each figure (default: {RUNS})")
-    options = parser.parse_args()
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    whole = parts.add_parser("path", help="Kafka to table, the default")
+    whole.add_argument("--runs", type=int, default=PATH_RUNS, help=f"of each case (default: {PATH_RUNS})")
+    whole.add_argument("--spans", type=int, default=SPANS, help=f"in a topic (default: {SPANS})")
+    whole.add_argument("--layouts", default="".join(LAYOUTS), help="of A, B, C (default: ABC)")
+    whole.add_argument("--kept", type=int, choices=KEPT_PERCENTS, default=10, help="percent (default: 10)")
+    whole.add_argument("--rules", type=int, choices=RULES, default=5, help="force rules (default: 5)")
+    whole.add_argument("--all", action="store_true", help="0, 10 and 100 %% kept, without and with rules")
+    whole.add_argument("--quick", action="store_true", help="no start, no pending memory")
+    whole.add_argument(
+        "--catalog", choices=["rest", "local"], default="rest", help="REST and MinIO, or SQLite and files"
+    )
+    whole.add_argument(
+        "--collector", type=Path, metavar="PATH", help="also run this Collector on the same topics"
+    )
+    whole.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    whole.add_argument("--compare", type=Path, metavar="FILE", help="print ratios to an earlier --json")
+    whole.add_argument(
+        "--baseline", action="store_true", help="write tests/bench/baseline.json and README's table"
+    )
+    kernels = parts.add_parser("decode", help="kernels against their slow twin")
+    kernels.add_argument(
+        "--runs", type=int, default=DECODE_RUNS, help=f"of each figure (default: {DECODE_RUNS})"
+    )
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["path", *arguments]
+    options = parser.parse_args(arguments)
+    if options.part == "path":
+        _path(options)
+        return
     versions = " ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("numba", "llvmlite", "numpy", "protobuf")
     )
-    print(
-        f"{_processor()}; {platform.system()} {platform.release()}; Python {platform.python_version()}; {versions}"
-    )
+    print(f"{report.machine()}; Python {platform.python_version()}; {versions}")
     decode.main(options.runs)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _path(options: argparse.Namespace) -> None:
+    earlier = Report.read(options.compare) if options.compare else None
+    grid = [(kept, rules) for kept in KEPT_PERCENTS for rules in RULES]
+    groups = grid if options.all else [(options.kept, options.rules)]
+    plan = Plan(
+        cases=[Case(layout, *group) for layout in options.layouts for group in groups],
+        spans=options.spans,
+        runs=options.runs,
+        collector=options.collector,
+        starts=not options.quick,
+        pending=not options.quick,
+    )
+    with real(options.catalog) as outside:
+        found = path.measure(outside, plan)
+    print(report.text(found))
+    if options.json:
+        found.write(options.json)
+    if options.baseline:
+        found.write(BASELINE)
+        README.write_text(report.readme_with(report.markdown(found), README.read_text("utf-8")), "utf-8")
+    if earlier:
+        print(report.comparison(found, earlier))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,221 @@
+"""The whole path measured: records of a real Kafka through a worker into Redis, decided, and into the tables.
+
+Each run is a worker process of its own on an empty Redis with new tables and a new consumer group, over the same
+topic. How a share is kept: 3 % of the generated traces hold an error and none is slow, so 10 % is all errors and a
+base rate for the rest; 0 % and 100 % are base rates with errors counting like any other. The five rules look at
+attributes that nearly all spans have, for values that none has: they cost what rules cost, and keep nothing.
+
+The CPU of producers, brokers, catalog and object store is not counted, for tss as for the Collector.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.bench import collector, topics
+from tests.bench.generate import ERROR_SHARE
+from tests.bench.outside import Outside, redis_info, topic_name
+from tests.bench.report import CollectorRun, PathRun, Pending, Report, Start, progress
+from tests.bench.topics import INACTIVITY_SECS, Filled
+from tests.bench.worker import Order, Outcome
+from tests.e2e.parts import ROOT, Worker
+from tests.fuzz import on_resource, on_span
+from tss import config
+from tss.rule_store import RuleStore
+from tss.rules import new_rule
+
+RUN_SECS = 900
+PENDING_SPANS = 400_000
+COLLECTOR_SPANS = 5_000_000  # 40 s of it
+NEVER_SECS = 10_000_000
+WARM_STARTS = 3
+READY_POLL_SECS = 0.02
+
+RULE_VALUES = {
+    "db.operation.name": ["DELETE", "TRUNCATE"],
+    "http.route": ["/refund", "/chargeback"],
+    "db.collection.name": ["audit", "ledger"],
+    "url.scheme": ["gopher", "ws"],
+    "service.name": ["billing-legacy"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is kept of a layout, and past how many rules. Percent, as a share would not be exact in JSON."""
+
+    layout: str
+    kept_percent: int
+    rules: int
+
+    def env(self) -> dict[str, str]:
+        """With its settings exactly `kept_percent` of many traces are kept."""
+        errors, base_rate = {0: (False, 0.0), 10: (True, base_rate_of(0.10)), 100: (True, 1.0)}[
+            self.kept_percent
+        ]
+        return {
+            "TSS__SAMPLING__ALWAYS_SAMPLE_ERRORS": str(errors).lower(),
+            "TSS__SAMPLING__NORMAL_SAMPLE_RATE": str(base_rate),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one call measures."""
+
+    cases: list[Case]
+    spans: int
+    runs: int
+    collector: Path | None = None
+    starts: bool = True
+    pending: bool = True
+
+
+def base_rate_of(kept_share: float) -> float:
+    """Kept of the traces without an error, so that together with all errors it is the share asked for."""
+    return round((kept_share - ERROR_SHARE) / (1 - ERROR_SHARE), 6)
+
+
+def measure(outside: Outside, plan: Plan) -> Report:
+    """All of the plan, layout by layout, so that one topic is there at a time."""
+    began = datetime.now(UTC)
+    report = Report.of_this_machine(outside.versions, began.isoformat(timespec="seconds"), plan.spans)
+    log = outside.folder / "bench.log"
+    if plan.starts:
+        report.start = measure_start(outside)
+    for layout in sorted({case.layout for case in plan.cases}):
+        with outside.topic(topic_name(layout)) as topic:
+            filled = topics.fill(outside.brokers, topic, layout, plan.spans)
+            progress(f"layout {layout}: {filled.spans} spans in {filled.records} records")
+            for _ in range(plan.runs):
+                for case in plan.cases:
+                    if case.layout == layout:
+                        report.runs.append(
+                            PathRun(layout, case.kept_percent, case.rules, run(outside, filled, case, log))
+                        )
+                        progress(str(report.runs[-1]))
+            if plan.pending:
+                report.pending.append(measure_pending(outside, filled, log))
+            if plan.collector:
+                report.collector += _collected(plan.collector, outside, filled)
+    return report
+
+
+def run(outside: Outside, filled: Filled, case: Case, log: Path) -> Outcome:
+    with outside.redis() as url:
+        env = outside.fresh_env(filled.topic, url) | case.env()
+        env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(INACTIVITY_SECS)
+        if case.rules:
+            _add_rules(env)
+        return _worker(env, Order(filled.spans, filled.traces, _pid(url)), log)
+
+
+def measure_pending(outside: Outside, filled: Filled, log: Path) -> Pending:
+    """What Redis and the worker take while nothing of the topic, or of its first part, is due."""
+    with outside.redis() as url:
+        empty_bytes = int(redis_info(url, "memory")["used_memory"])
+        env = outside.fresh_env(filled.topic, url) | {
+            "TSS__APP__INACTIVITY_TIMEOUT_SECS": str(NEVER_SECS),
+            "TSS__APP__MAX_TRACE_DURATION_SECS": str(NEVER_SECS),
+        }
+        wanted = min(PENDING_SPANS, filled.spans)
+        outcome = _worker(env, Order(filled.spans, filled.traces, _pid(url), pending_spans=wanted), log)
+        memory_bytes = int(redis_info(url, "memory")["used_memory"]) - empty_bytes
+    return Pending(
+        filled.layout,
+        outcome.spans,
+        memory_bytes / outcome.spans,
+        filled.wire_bytes / filled.spans,
+        outcome.peak_rss_bytes,
+    )
+
+
+def measure_start(outside: Outside) -> Start:
+    """From `tss run` to ready, with kernels to compile, and with them compiled."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kernels-") as kernels,
+        tempfile.TemporaryDirectory(prefix="logs-") as logs,
+        ExitStack() as held,
+    ):
+        topic = held.enter_context(outside.topic(topic_name("A")))
+        url = held.enter_context(outside.redis())
+        env = outside.fresh_env(topic, url) | {"NUMBA_CACHE_DIR": kernels, "TSS__APP__LEASE_SECS": "1"}
+        cold_secs, *warm_secs = (
+            _secs_to_ready(env, Path(logs) / f"{number}.log") for number in range(1 + WARM_STARTS)
+        )
+    return Start(round(cold_secs, 2), [round(secs, 2) for secs in warm_secs])
+
+
+def _secs_to_ready(env: Mapping[str, str], log: Path) -> float:
+    began_secs = time.monotonic()
+    own = {k: v for k, v in env.items() if not k.endswith(("HEALTH_PORT", "METRICS_PORT"))}
+    worker = Worker(own, log)
+    try:
+        while worker.request("GET", "/health/ready")[0] != 200:
+            if worker.process.poll() is not None or time.monotonic() - began_secs > RUN_SECS:
+                raise SystemExit(f"a worker did not become ready:\n{worker.log[-2000:]}")
+            time.sleep(READY_POLL_SECS)
+        return time.monotonic() - began_secs
+    finally:
+        if worker.process.poll() is None:
+            worker.terminate()
+
+
+def _worker(env: Mapping[str, str], order: Order, log: Path) -> Outcome:
+    """A process that does as ordered; its log is at hand when it fails."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | dict(env)
+    with log.open("w+") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.bench.worker"],
+            input=json.dumps(asdict(order)),
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            cwd=ROOT,
+            env=own,
+            timeout=RUN_SECS,
+        )
+        if done.returncode != 0:
+            out.seek(0)
+            raise SystemExit(f"a measured worker failed:\n{out.read()[-4000:]}")
+    return Outcome(**json.loads(done.stdout))
+
+
+def _add_rules(env: Mapping[str, str]) -> None:
+    rules = RuleStore(config.load(env))
+    for key, values in RULE_VALUES.items():
+        match = (on_resource if key == "service.name" else on_span)(key, "in", values)
+        rule = {"description": key, "duration_secs": RUN_SECS, "match": match, "action": "force_keep"}
+        rules.add(new_rule(rule, rule_id=key.replace(".", "-"), now=datetime.now(UTC)))
+    rules.close()
+
+
+def _pid(redis_url: str) -> int:
+    return int(redis_info(redis_url, "server")["process_id"])
+
+
+def _collected(binary: Path, outside: Outside, filled: Filled) -> Iterator[CollectorRun]:
+    """On the same topic, made longer: a Collector takes long before its heap has its size."""
+    missing = COLLECTOR_SPANS - filled.spans
+    if missing > 0:
+        more = topics.fill(outside.brokers, filled.topic, filled.layout, missing, seed=2)
+        filled = replace(filled, spans=filled.spans + more.spans, traces=filled.traces + more.traces)
+    for tuning in collector.TUNINGS:
+        if tuning.needs_bytes > collector.available_bytes():
+            progress(f"Collector, {tuning.name} tuning: left out, it needs {tuning.needs_bytes >> 30} GB")
+            continue
+        found = collector.measure(
+            binary, outside.brokers, filled, tuning, base_rate_of(0.10), RULE_VALUES, outside.folder
+        )
+        progress(str(found))
+        yield found
