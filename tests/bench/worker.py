@@ -13,13 +13,14 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.bench.stages import LIBRDKAFKA, Moment, Stages, cpu_seconds, peak_rss_bytes, thread_name
-from tss import config, decide, logs, service
+from tss import compiler, config, decide, logs
 from tss.buffer import Buffer
+from tss.compiler import Kernels
 from tss.decide import Writer
 from tss.ingest import Ingest
 from tss.service import Service
@@ -87,15 +88,15 @@ class Run:
         self._stages = Stages()
         for owner, name, stage in SEAMS:
             self._stages.wrap(owner, name, stage)
-        self._decoder = vars(service)["decoder"]  # the ingest loop's first call
-        vars(service)["decoder"] = self._decoder_when_started
+        self._load = compiler.load
+        compiler.load = self._kernels_when_started  # the ingest loop's first call
         self._reading = threading.Event()
         settings = config.load(os.environ)
         logs.setup(settings.observability, settings.app.instance_id)
         self._service = Service(settings)
 
-    def _decoder_when_started(self, kernels: Any) -> Any:
-        decode = self._stages.timed(DECODE, self._decoder(kernels))
+    def _kernels_when_started(self, kernels: Literal["numba", "python"]) -> Kernels:
+        loaded = self._load(kernels)
         deadline = time.monotonic() + START_SECS
         while not (self._service.started and all(writer.id for writer in self._service.writers)):
             if time.monotonic() > deadline:
@@ -105,7 +106,7 @@ class Run:
         self._redis_before = self._redis_seconds()
         self._before = self._stages.moment()
         self._reading.set()
-        return decode
+        return replace(loaded, decode=self._stages.timed(DECODE, loaded.decode))
 
     def _redis_seconds(self) -> float:
         return cpu_seconds(Path(f"/proc/{self._order.redis_pid}"), with_children=True)
