@@ -97,6 +97,30 @@ def test_no_attribute_can_break_a_matcher(attribute: Any, op: Any) -> None:
     assert Matcher(key="k", op="neq", value="7").holds({"k": attribute}) is not same
 
 
+any_text = st.text(alphabet="a7.\ud800é\x00", max_size=5) | st.text() | st.integers().map(str)
+
+
+@given(
+    st.lists(any_text, max_size=5),
+    st.sampled_from(
+        [
+            *(("exists", value) for value in (None, True, False)),
+            *((op, value) for op in ("eq", "neq") for value in ("7", 7, 7.0, True)),
+            *(
+                (op, "7")
+                for op in ("contains", "starts_with", "ends_with", "regex", "gt", "gte", "lt", "lte")
+            ),
+            *(("regex", "^a.7$"), ("in", (7, "a"))),
+        ]
+    ),
+)
+def test_texts_are_matched_together_as_one_by_one(texts: list[str], condition: tuple[Any, Any]) -> None:
+    """What else is looked at changes nothing."""
+    op, value = condition
+    matcher = Matcher(key="k", op=op, value=value)
+    assert list(matcher.holds_on_texts(texts)) == [matcher.holds({"k": one}) for one in texts]
+
+
 def test_lone_surrogates_do_not_break_patterns() -> None:
     """Text that is no valid Unicode, as JSON escapes can smuggle in, is matched like any other."""
     assert Matcher(key="k", op="regex", value="^a.b$").holds({"k": "a\ud800b"})

@@ -1198,14 +1198,35 @@ class _Judge:
         while done < len(hits):
             known = int(values.used[0])
             reached = int(_look_up(data, hits, np.uint64(done), seed, values))
-            for entry in values.entries[known : int(values.used[0])]:
-                encoded = values.text[entry["at"] : entry["at"] + entry["size"]].tobytes()
-                entry["holds"] = self._mask(int(entry["key"]), encoded)
+            new = values.entries[known : int(values.used[0])]
+            new["holds"] = self._masks(new, values.text)
             hits["holds"][done:reached] = values.entries["holds"][hits["entry"][done:reached]]
             done = reached
             if done < len(hits):
                 values.used[:] = 0
                 values.slots[:] = 0
+
+    def _masks(self, entries: Table, stored: Bytes) -> list[int]:
+        """Of each value. Texts, which may be many and different, are judged together."""
+        masks = []
+        texts: dict[int, list[tuple[int, str]]] = {}
+        columns = (entries["key"].tolist(), entries["at"].tolist(), entries["size"].tolist())
+        for number, (key, at, size) in enumerate(zip(*columns, strict=True)):
+            encoded = stored[at : at + size].tobytes()
+            text = _short_text(encoded) if key < len(self._asked) else None
+            if text is None:
+                masks.append(self._mask(key, encoded))
+            else:
+                masks.append(self._all)
+                texts.setdefault(key, []).append((number, text))
+        for key, found in texts.items():
+            for bit, matchers in self._asked[key][1]:
+                for matcher in matchers:
+                    holds = matcher.holds_on_texts([text for _, text in found])
+                    for (number, _), held in zip(found, holds, strict=True):
+                        if not held:
+                            masks[number] &= ~bit
+        return masks
 
     def _mask(self, key: int, encoded: bytes) -> int:
         if key < len(self._asked):
@@ -1217,6 +1238,12 @@ class _Judge:
     def _value_mask(self, key: int, attributes: dict[str, Any]) -> int:
         asking = self._asked[key][1]
         return self._all & ~sum(bit for bit, ms in asking if not all(m.holds(attributes) for m in ms))
+
+
+def _short_text(encoded: bytes) -> str | None:
+    """What an `AnyValue` of one text of up to 127 bytes holds, as most are; None for any other."""
+    plain = len(encoded) >= 2 and encoded[0] == 0x0A and encoded[1] == len(encoded) - 2 < 0x80
+    return encoded[2:].decode() if plain else None
 
 
 def _keys(names: Sequence[str]) -> Keys:

@@ -166,6 +166,18 @@ class Matcher(_Value):
             case _:
                 return _compares(self.op, number(attribute), number(value))
 
+    def holds_on_texts(self, texts: Sequence[str]) -> Sequence[bool]:
+        """`holds` for each of these as the attribute; patterns take them all at once, some fifty times faster."""
+        if self.op == "eq" and isinstance(self.value, str):
+            return [one == self.value for one in texts]
+        if self.op == "regex":
+            # A lone surrogate (OTLP/JSON can hold one) is no UTF-8.
+            subjects = [one[:PATTERN_SUBJECT_CHARS_MAX].encode("utf-8", "replace") for one in texts]
+            array = pa.array(subjects, pa.binary()).cast(pa.string())
+            found: list[bool] = pc.match_substring_regex(array, str(self.value)).to_pylist()
+            return found
+        return [self.holds({self.key: one}) for one in texts]
+
 
 def text(value: AttributeValue) -> str:
     """An attribute as text: JSON for lists and maps, hex for bytes, whole doubles without `.0`."""
