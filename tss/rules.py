@@ -35,7 +35,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -174,8 +174,7 @@ class Matcher(_Value):
             # A lone surrogate (OTLP/JSON can hold one) is no UTF-8.
             subjects = [one[:PATTERN_SUBJECT_CHARS_MAX].encode("utf-8", "replace") for one in texts]
             array = pa.array(subjects, pa.binary()).cast(pa.string())
-            found: list[bool] = pc.match_substring_regex(array, str(self.value)).to_pylist()
-            return found
+            return [bool(found) for found in pc.match_substring_regex(array, str(self.value)).to_pylist()]
         return [self.holds({self.key: one}) for one in texts]
 
 
