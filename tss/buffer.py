@@ -37,7 +37,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import hiredis
 import numpy as np
@@ -49,35 +49,13 @@ from redis.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, MovedError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
-from tss import config, crashpoints
+from tss import config, crashpoints, resp
 from tss.clock import SYSTEM, Clock
 from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
 from tss.model import FACTS, ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
+from tss.resp import ChunkWrites, Command, Placed, Request
 
 log = logging.getLogger("tss")
-
-Command = tuple[Any, ...]
-
-
-class Request(NamedTuple):
-    """Commands as the Redis protocol has them."""
-
-    packed: bytes
-    commands: int
-
-
-class Row(NamedTuple):
-    """A chunk on its way into Redis: field name and payload as they are stored there."""
-
-    number: int
-    trace_id: bytes
-    name: bytes
-    payload: bytes
-    oldest_ms: int
-    newest_ms: int
-    spans: int
-    root: bool
-
 
 Node = tuple[str, int]
 
@@ -460,7 +438,7 @@ class Link:
 
         `wait_secs` is how long the server is asked to wait before it answers.
         """
-        return self.exchange(_pack(commands), len(commands), wait_secs=wait_secs)
+        return self.exchange(resp.pack(commands), len(commands), wait_secs=wait_secs)
 
     def exchange(self, request: bytes, commands: int, *, wait_secs: float = 0) -> list[Any]:
         """`send` of what is packed already."""
@@ -497,28 +475,6 @@ class Link:
     def close(self) -> None:
         self._lost = self._lost or "the connection was closed"
         self._connection.disconnect()
-
-
-def _pack(commands: Sequence[Command]) -> bytes:
-    """Commands as the Redis protocol has them."""
-    out: list[bytes] = []
-    for command in commands:
-        out.append(b"*%d\r\n" % len(command))
-        for part in command:
-            if not isinstance(part, bytes):
-                part = str(part).encode()
-            out += (b"$%d\r\n" % len(part), part, b"\r\n")
-    return b"".join(out)
-
-
-def _zadd(key: bytes, how: bytes, scores: Sequence[bytes], rows: Sequence[Row]) -> bytes:
-    """`_pack` of one long ZADD: it is sent with every batch."""
-    head = b"*%d\r\n$4\r\nZADD\r\n$%d\r\n%b\r\n$2\r\n%b\r\n" % (3 + 2 * len(rows), len(key), key, how)
-    members = [
-        b"$%d\r\n%b\r\n$16\r\n%b\r\n" % (len(score), score, row.trace_id)
-        for score, row in zip(scores, rows, strict=True)
-    ]
-    return head + b"".join(members)
 
 
 def _error(text: str) -> Exception:
@@ -584,7 +540,9 @@ class Buffer:
         return replies
 
     def _replies(self, commands: Mapping[int, list[Command]]) -> dict[int, list[Any]]:
-        return self._exchanged({shard: Request(_pack(mine), len(mine)) for shard, mine in commands.items()})
+        return self._exchanged(
+            {shard: Request(resp.pack(mine), len(mine)) for shard, mine in commands.items()}
+        )
 
     def _exchanged(self, requests: Mapping[int, Request]) -> dict[int, list[Any]]:
         replies: dict[int, list[Any]] = {}
@@ -662,23 +620,28 @@ class Buffer:
         *,
         root_timer: bool,
         big: AbstractSet[int] = frozenset(),
+        write: ChunkWrites = resp.chunk_writes,
     ) -> int:
         """One MULTI a shard: chunks, indexes and the partitions' clocks together. All shards get the clocks.
 
-        `big` holds the rows of traces that are over a size limit: they are due at once.
+        `big` holds the rows of traces that are over a size limit: they are due at once. `write` is the twin or kernel.
 
         Returns how many spans the server held already in an identical chunk.
         """
         entries = [part for p, at in clocks.items() for part in (str(p), f"{at} {now_ms} {self.epoch}")]
-        rows_of: dict[int, list[Row]] = {shard: [] for shard in range(self._shards)}
-        for shard, row in zip(
-            shard_of(chunks.trace_ids, self._shards).tolist(), self._rows(chunks), strict=True
-        ):
-            rows_of[shard].append(row)
+        shards = shard_of(chunks.trace_ids, self._shards)
+        order = np.argsort(shards, kind="stable")
+        placed = Placed(
+            chunks,
+            [self._pack_payload(payload) for payload in _payloads(chunks)],
+            order,
+            np.searchsorted(shards[order], np.arange(self._shards + 1)),
+            [_tag(shard) for shard in range(self._shards)],
+        )
         requests = {
-            shard: self._transaction(shard, rows, entries, root_timer=root_timer, big=big)
-            for shard, rows in rows_of.items()
-            if rows or entries
+            shard: self._transaction(shard, placed, writes, entries, root_timer=root_timer, big=big)
+            for shard, writes in enumerate(write(placed))
+            if writes.commands or entries
         }
         repeated = 0
         refusals: list[Any] = []
@@ -687,70 +650,39 @@ class Buffer:
             if isinstance(result, Exception):
                 refusals += replies
                 continue
-            again = sum(row.spans for row, new in zip(rows_of[shard], result, strict=False) if not new)
+            rows = placed.rows(shard)
+            known = np.array(result[: len(rows)], np.int64) == 0
+            again = int(chunks.facts["spans"][rows[known]].sum())
             self._repeated[shard] = again
             repeated += again
         _raise_first(refusals)
         return repeated
 
-    def _rows(self, chunks: Chunks) -> Iterator[Row]:
-        ids, facts, packed = chunks.trace_ids.tobytes(), chunks.facts, memoryview(chunks.buffer)
-        first = facts["log_time_ms"]
-        names, payloads = chunks.field_at.tolist(), chunks.payload_at.tolist()
-        columns = (first, first + facts["log_span_ms"], facts["spans"], facts["bits"] & ROOT)
-        for number, (oldest, newest, spans, root) in enumerate(
-            zip(*(c.tolist() for c in columns), strict=True)
-        ):
-            yield Row(
-                number,
-                ids[number * ID_BYTES : (number + 1) * ID_BYTES],
-                bytes(packed[names[number] : payloads[number]]),
-                self._pack_payload(packed[payloads[number] : names[number + 1]]),
-                oldest,
-                newest,
-                spans,
-                bool(root),
-            )
-
     def _transaction(
         self,
         shard: int,
-        rows: Sequence[Row],
+        placed: Placed,
+        writes: Request,
         entries: Sequence[str],
         *,
         root_timer: bool,
         big: AbstractSet[int],
     ) -> Request:
-        tag = _tag(shard)
-        head = b"*4\r\n$4\r\nHSET\r\n$%d\r\n%bt:" % (len(tag) + 2 + ID_BYTES, tag)
-        chunks = [
-            b"%b%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
-            % (head, row.trace_id, len(row.name), row.name, len(row.payload), row.payload)
-            for row in rows
-        ]
+        tag, rows, facts = _tag(shard), placed.rows(shard), placed.chunks.facts
         commands: list[Command] = []
-        if spans := sum(row.spans for row in rows) - self._repeated[shard]:
+        if spans := int(facts["spans"][rows].sum()) - self._repeated[shard]:
             commands.append(("INCRBY", tag + b"spans", spans))
-        roots = [row for row in rows if root_timer and row.root]
-        large = [row for row in rows if row.number in big]
+        roots = rows[facts["bits"][rows] & ROOT != 0].tolist() if root_timer else []
+        large = [row for row in rows.tolist() if row in big] if big else []
         for name, found in ((b"root", roots), (b"big", large)):
             if found:
-                commands.append(
-                    ("ZADD", tag + name, *(part for r in found for part in (r.newest_ms, r.trace_id)))
-                )
+                members = ((int(placed.newest_ms[row]), placed.chunks.trace_id(row)) for row in found)
+                commands.append(("ZADD", tag + name, *itertools.chain(*members)))
         if entries:
             commands.append(("HSET", tag + b"clock", *entries))
         commands.append(("EXEC",))
-        indexes = (
-            []
-            if not rows
-            else [
-                _zadd(tag + b"seen", b"GT", [b"%d" % row.newest_ms for row in rows], rows),
-                _zadd(tag + b"born", b"LT", [b"%d" % row.oldest_ms for row in rows], rows),
-            ]
-        )
-        packed = b"".join([_pack([("MULTI",)]), *chunks, *indexes, _pack(commands)])
-        return Request(packed, 1 + len(chunks) + len(indexes) + len(commands))
+        packed = b"".join([resp.pack([("MULTI",)]), writes.packed, resp.pack(commands)])
+        return Request(packed, 1 + writes.commands + len(commands))
 
     # --- writers (steps 6, 14, 16) ---
 
@@ -994,6 +926,12 @@ class Buffer:
         self._links[self._home[0]].call("DEL", key)
         self.epoch = epoch
         return True
+
+
+def _payloads(chunks: Chunks) -> Iterator[memoryview]:
+    packed = memoryview(chunks.buffer)
+    for at, end in zip(chunks.payload_at.tolist(), chunks.field_at[1:].tolist(), strict=True):
+        yield packed[at:end]
 
 
 def _packed(payload: memoryview) -> bytes:

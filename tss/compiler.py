@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tss import model, wire
+from tss import model, resp, wire
 from tss.judge import ListRecords
 from tss.model import Record
+from tss.resp import ChunkWrites
 from tss.rules import RuleSet
 from tss.wire import Decoded
 
@@ -36,10 +37,11 @@ class Kernels:
     """The functions of the hot path, compiled or not. `decode` is for one thread, the others for any number."""
 
     decode: Callable[[Sequence[Record], RuleSet], Decoded]
+    chunk_writes: ChunkWrites
     list_records: ListRecords
 
 
-PYTHON = Kernels(wire.decode, model.list_records)
+PYTHON = Kernels(wire.decode, resp.chunk_writes, model.list_records)
 
 NOTICE_SECS = 1.0  # loading takes less; whoever waits longer is told why
 
@@ -55,8 +57,8 @@ def load(kernels: Literal["numba", "python"]) -> Kernels:
         return PYTHON
     numba_config: Any = numba.core.config
     numba_config.CACHE_DIR = str(_cache_folder())
+    from tss import chunk_writes, origins
     from tss import kernels as decoding
-    from tss import origins
 
     started = time.monotonic()
     notice = threading.Timer(
@@ -65,12 +67,12 @@ def load(kernels: Literal["numba", "python"]) -> Kernels:
     notice.daemon = True
     notice.start()
     try:
-        compiled = decoding.warm_up() + origins.warm_up()
+        compiled = decoding.warm_up() + chunk_writes.warm_up() + origins.warm_up()
     finally:
         notice.cancel()
     if compiled:
         log.info("Compiled %d kernels in %.1f s", compiled, time.monotonic() - started)
-    return Kernels(decoding.Decoder().decode, origins.list_records)
+    return Kernels(decoding.Decoder().decode, chunk_writes.chunk_writes, origins.list_records)
 
 
 def _cache_folder() -> Path:

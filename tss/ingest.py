@@ -185,7 +185,12 @@ class Ingest:
         batch = self.kernels.decode(records, self._rules())
         clocks = {r.partition: r.timestamp_ms for r in records}
         big = self._oversized(batch.chunks)
-        buffer.append(batch.chunks, clocks, now.wall_ms, root_timer=self._root_timer, big=big)
+        buffer.append(
+            *(batch.chunks, clocks, now.wall_ms),
+            root_timer=self._root_timer,
+            big=big,
+            write=self.kernels.chunk_writes,
+        )
         crashpoints.passed("after-write")
         self.source.dead_letter(batch.dead)
         positions = {r.partition: r.offset + 1 for r in records}

@@ -17,10 +17,11 @@ from tests.sim.iceberg import SimTables
 from tests.sim.links import Nodes
 from tests.sim.shorten import shorten
 from tss import buffer, decide, ingest, rows
-from tss.buffer import Buffer, Link, Request, Row, Script
+from tss.buffer import Buffer, Link, Script
 from tss.decide import Writer
 from tss.errors import LinkLost
 from tss.model import FACTS, decode_origins
+from tss.resp import Placed, Request, pack
 from tss.sink import Upload
 from tss.source import Source
 
@@ -181,7 +182,7 @@ def index_apart() -> AbstractContextManager[object]:
     def apart(self: Buffer, *arguments: Any, **named: Any) -> Request:
         _, *commands, _ = resp.parsed(together(self, *arguments, **named).packed)
         parts = [part for command in commands for part in (("MULTI",), tuple(command), ("EXEC",))]
-        return Request(buffer._pack(parts), len(parts))
+        return Request(pack(parts), len(parts))
 
     return patch.object(Buffer, "_transaction", apart)
 
@@ -191,9 +192,9 @@ def clock_of_one_node() -> AbstractContextManager[object]:
     append, claim = Buffer._transaction, Buffer.claim
 
     def without_clock(
-        self: Buffer, shard: int, rows: Sequence[Row], entries: Sequence[str], **named: Any
+        self: Buffer, shard: int, placed: Placed, writes: Request, entries: Sequence[str], **named: Any
     ) -> Request:
-        return append(self, shard, rows, entries if shard == 0 else (), **named)
+        return append(self, shard, placed, writes, entries if shard == 0 else (), **named)
 
     def by_one_clock(self: Buffer, *arguments: Any, **named: Any) -> Any:
         ((pairs,),) = self._all({0: [("HGETALL", b"{tss:0}:clock")]}).values()
