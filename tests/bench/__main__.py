@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _path(options: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the parts are ended
     earlier = Report.read(options.compare) if options.compare else None
     grid = [(kept, rules) for kept in KEPT_PERCENTS for rules in RULES]
     groups = grid if options.all else [(options.kept, options.rules)]
