@@ -98,10 +98,33 @@ if not redis.call('ZSCORE', tag .. 'live', ARGV[2]) then return {'fenced', 'leas
 if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} end
 """
 
-# One command for many, in pieces: what Lua can pass on at once is bounded.
+# One command for many, in pieces: what Lua can pass on at once is bounded. A call costs more than what it does, and each
+# write goes to the log of the server by itself.
 _BULK = """
-local function bulk(command, key, list)
-  for i = 1, #list, 1000 do redis.call(command, key, unpack(list, i, math.min(i + 999, #list))) end
+local function bulk(command, arguments, list)
+  local sum, first = 0, #arguments
+  for i = 1, #list, 1000 do
+    local last = math.min(i + 999, #list)
+    for j = i, last do arguments[first + 1 + j - i] = list[j] end
+    sum = sum + redis.call(command, unpack(arguments, 1, first + 1 + last - i))
+  end
+  return sum
+end
+
+-- Of the packed ids, each once, those that a claim holds.
+local function held(claim, packed)
+  local ids, known, found = {}, {}, {}
+  for at = 1, #packed, 16 do
+    local id = string.sub(packed, at, at + 15)
+    if not known[id] then ids[#ids + 1], known[id] = id, true end
+  end
+  for i = 1, #ids, 1000 do
+    local notes = redis.call('HMGET', claim, unpack(ids, i, math.min(i + 999, #ids)))
+    for j = 1, #notes do
+      if notes[j] then found[#found + 1] = ids[i + j - 1] end
+    end
+  end
+  return found
 end
 """
 
@@ -156,9 +179,9 @@ end
 
 -- After each timer, before the next one looks: the claim notes what was taken, no index names it any more.
 local function settle()
-  bulk('HSET', claim, pairs)
+  bulk('HSET', {claim}, pairs)
   for _, index in ipairs({'seen', 'root', 'big'}) do
-    if #gone > 0 and redis.call('EXISTS', tag .. index) == 1 then bulk('ZREM', tag .. index, gone) end
+    if #gone > 0 and redis.call('EXISTS', tag .. index) == 1 then bulk('ZREM', {tag .. index}, gone) end
   end
   pairs, gone = {}, {}
 end
@@ -244,7 +267,7 @@ local tag = ARGV[1]
 {_GUARD}
 {_BULK}
 local claim, name, ttl, traces, facts = ARGV[4], ARGV[5], ARGV[6], ARGV[7], {FACTS.itemsize}
-local released, spans, ended = 0, 0, {{}}
+local released, spans, ended = {{}}, 0, {{}}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -257,36 +280,39 @@ local function forget(verdict)
   end
 end
 
-for at = 1, #traces, 16 do
-  local id = string.sub(traces, at, at + 15)
-  if redis.call('HDEL', claim, id) == 1 then
-    local pending, claimed, verdict = tag .. 't:' .. id, tag .. 'x:' .. id, tag .. 'd:' .. id
-    local landed = {{}}
-    for _, field in ipairs(redis.call('HKEYS', claimed)) do
-      spans = spans + struct.unpack('<I4', string.sub(field, 9, 12))
-      landed[#landed + 1] = string.sub(field, facts + 1)
-    end
-    if #landed > 0 then redis.call('HSET', verdict, 'r' .. table.concat(landed), now) end
-    if redis.call('HLEN', verdict) > {COVERAGE_FIELDS_KEPT} then forget(verdict) end
-    redis.call('PEXPIRE', verdict, ttl)
-    redis.call('UNLINK', claimed)
-    local oldest = nil
-    for _, field in ipairs(redis.call('HKEYS', pending)) do
-      local first = struct.unpack('<i8', string.sub(field, 1, 8))
-      if not oldest or first < oldest then oldest = first end
-    end
-    if oldest then redis.call('ZADD', tag .. 'born', oldest, id) else ended[#ended + 1] = id end
-    released = released + 1
+local pending, claimed = {{}}, {{}}
+for _, id in ipairs(held(claim, traces)) do
+  local hash, verdict, landed = tag .. 'x:' .. id, tag .. 'd:' .. id, {{}}
+  for _, field in ipairs(redis.call('HKEYS', hash)) do
+    spans = spans + struct.unpack('<I4', string.sub(field, 9, 12))
+    landed[#landed + 1] = string.sub(field, facts + 1)
   end
+  if #landed > 0 then redis.call('HSET', verdict, 'r' .. table.concat(landed), now) end
+  if redis.call('HLEN', verdict) > {COVERAGE_FIELDS_KEPT} then forget(verdict) end
+  redis.call('PEXPIRE', verdict, ttl)
+  released[#released + 1] = id
+  pending[#pending + 1] = tag .. 't:' .. id
+  claimed[#claimed + 1] = hash
 end
-bulk('ZREM', tag .. 'born', ended)
+bulk('HDEL', {{claim}}, released)
+bulk('UNLINK', {{}}, claimed)
+local waiting = bulk('EXISTS', {{}}, pending) > 0
+for i, id in ipairs(released) do
+  local oldest = nil
+  for _, field in ipairs(waiting and redis.call('HKEYS', pending[i]) or {{}}) do
+    local first = struct.unpack('<i8', string.sub(field, 1, 8))
+    if not oldest or first < oldest then oldest = first end
+  end
+  if oldest then redis.call('ZADD', tag .. 'born', oldest, id) else ended[#ended + 1] = id end
+end
+bulk('ZREM', {{tag .. 'born'}}, ended)
 if redis.call('EXISTS', tag .. 'born') == 1 then
   redis.call('DECRBY', tag .. 'spans', spans)
 else
   redis.call('DEL', tag .. 'spans') -- a reader that died right after a repeated batch had counted it twice
 end
 if redis.call('EXISTS', claim) == 0 then redis.call('SREM', tag .. 'open', name) end
-return {{'ok', released}}
+return {{'ok', #released}}
 """
 )
 
@@ -297,17 +323,14 @@ FREE = Script(
 local tag = ARGV[1]
 """
     + _GUARD
+    + _BULK
     + """
-local claim, traces, freed = ARGV[4], ARGV[5], 0
-for at = 1, #traces, 16 do
-  local id = string.sub(traces, at, at + 15)
-  if redis.call('HEXISTS', claim, id) == 1 then
-    local key = tag .. 'x:' .. id
-    for _, field in ipairs(redis.call('HKEYS', key)) do redis.call('HSET', key, field, '') end
-    freed = freed + 1
-  end
+local freed = held(ARGV[4], ARGV[5])
+for _, id in ipairs(freed) do
+  local key = tag .. 'x:' .. id
+  for _, field in ipairs(redis.call('HKEYS', key)) do redis.call('HSET', key, field, '') end
 end
-return {'ok', freed}
+return {'ok', #freed}
 """
 )
 

@@ -189,6 +189,9 @@ class Store:
         value: bytes | None = self.keys.get(key, {}).get(name)
         return value
 
+    def hmget(self, key: bytes, *names: bytes) -> list[bytes | None]:
+        return [self.hget(key, name) for name in names]
+
     def hgetall(self, key: bytes) -> list[bytes]:
         return [part for pair in self.keys.get(key, {}).items() for part in pair]
 
@@ -319,7 +322,20 @@ METHODS: dict[bytes, Callable[..., Reply]] = {
             "set",
             "incrby",
         ),
-        *("decrby", "hset", "hsetnx", "hget", "hgetall", "hkeys", "hlen", "hexists", "hdel", "sadd", "srem"),
+        *(
+            "decrby",
+            "hset",
+            "hsetnx",
+            "hget",
+            "hmget",
+            "hgetall",
+            "hkeys",
+            "hlen",
+            "hexists",
+            "hdel",
+            "sadd",
+            "srem",
+        ),
         *("smembers", "zadd", "zrem", "zscore", "zcard", "zcount", "zrange"),
     )
 }
