@@ -214,7 +214,11 @@ def decide(
     me: str = "w1",
     owner: str = "w1",
 ) -> Recorded | None:
-    (recorded,) = buffer.record(me, owner, 1, [(trace_id(trace), verdict, upgrade)])
+    """As a writer does: where a drop has late spans, it is settled whether it turns."""
+    (recorded,) = buffer.record(me, owner, 1, [(trace_id(trace), verdict)])
+    if recorded and recorded.coverage and not recorded.verdict.kept:
+        (turned,) = buffer.turn(me, owner, 1, [(trace_id(trace), upgrade)])
+        return None if turned is None else Recorded(turned, recorded.coverage)
     return recorded
 
 
@@ -591,7 +595,7 @@ def test_coverage_does_not_grow_for_ever(server: Server, claimed: Buffer) -> Non
     release(claimed, 1)
     tick(claimed, 50_000)
     assert claim(claimed, "w2").traces
-    (late,) = claimed.record("w2", "w2", 1, [(trace_id(1), DROP, None)])
+    (late,) = claimed.record("w2", "w2", 1, [(trace_id(1), DROP)])
     assert late == Recorded(KEEP, frozenset({(0, 0), (0, 1000), (0, 1001), (0, 1002)}))
 
 
@@ -606,7 +610,7 @@ def test_release_writes_what_landed(server: Server, claimed: Buffer) -> None:
     assert faults(server) == []
     tick(claimed, 50_000)
     assert claim(claimed, "w2").traces
-    (late,) = claimed.record("w2", "w2", 1, [(trace_id(1), DROP, None)])
+    (late,) = claimed.record("w2", "w2", 1, [(trace_id(1), DROP)])
     assert late == Recorded(KEEP, frozenset({(0, 0)}))
     assert server.client.pttl(verdict_key) == -1
     assert release(claimed, 1, me="w2", owner="w2") == 1
@@ -629,6 +633,23 @@ def test_an_error_turns_a_drop_only_where_something_landed(claimed: Buffer) -> N
     assert decide(claimed, 1, DROP) == Recorded(LATE_ERROR, frozenset({(0, 0)})), "from here on it is kept"
 
 
+def test_a_late_error_is_settled_once_a_sequence(server: Server, claimed: Buffer) -> None:
+    """A drop turns by an error or stays, and an adopter of that sequence finds it so, whatever it thinks itself."""
+    first = [(trace_id(1), None)]
+    error = [(trace_id(1), LATE_ERROR)]
+    for turns, holds in ((first, DROP), (error, LATE_ERROR)):
+        decide(claimed, 1, DROP)
+        assert claimed.turn("w1", "w1", 1, turns) == [holds]
+        assert claimed.turn("w2", "w1", 1, error) == [holds], "settled"
+        assert claimed.claimed_by("w1", 1) == [(trace_id(1), Trigger.INACTIVITY)]
+        assert release(claimed, 1) == 1
+        assert claimed.turn("w2", "w1", 1, error) == [None], "released"
+        append(claimed, record(1, trace=1, at_ms=5_000))
+        tick(claimed, 50_000)
+        claim(claimed)
+    assert decide(claimed, 1, DROP) == Recorded(LATE_ERROR, frozenset({(0, 0), (0, 1)}))
+
+
 def test_a_kept_trace_stays_as_it_is(claimed: Buffer) -> None:
     """A late error does not give a kept trace another reason."""
     decide(claimed, 1, KEEP)
@@ -647,7 +668,7 @@ def test_a_claim_that_is_gone_is_skipped(claimed: Buffer) -> None:
     claim(claimed)
     decide(claimed, 1, KEEP)
     assert release(claimed, 1) == 1
-    both = [(trace_id(t), DROP, LATE_ERROR) for t in (1, 2)]
+    both = [(trace_id(t), DROP) for t in (1, 2)]
     assert claimed.record("w1", "w1", 1, both) == [None, Recorded(DROP, frozenset())]
 
 
@@ -676,7 +697,7 @@ def test_freed_payloads_leave_their_fields(server: Server, claimed: Buffer) -> N
     assert all(set(fields.values()) == {b""} for fields in claimed.payloads(dropped))
     assert held(claimed, 3) == {(0, 3)}
     assert all(claimed.payloads([trace_id(1)])[0].values()), "a trace that was not named keeps its payload"
-    claimed.record("w1", "w1", 1, [(i, DROP, None) for i in dropped])
+    claimed.record("w1", "w1", 1, [(i, DROP) for i in dropped])
     assert release(claimed, *range(2, 8)) == 6
     assert faults(server) == []
 
@@ -899,7 +920,7 @@ class Fleet:
         open_traces = self.claimed[owner, number]
         for done, trace in enumerate(list(open_traces)):
             candidate = self.chance.choice([KEEP, DROP])
-            (recorded,) = self.buffer.record(me, owner, number, [(trace_id(trace), candidate, None)])
+            (recorded,) = self.buffer.record(me, owner, number, [(trace_id(trace), candidate)])
             covered = frozenset((0, offset) for offset in self.landed.get(trace, ()))
             assert recorded == Recorded(self.verdicts.setdefault(trace, candidate), covered)
             if done == until:
@@ -1124,10 +1145,10 @@ def test_a_full_server_can_be_emptied(own_server: Server) -> None:
     assert buffer.renew(["w1"], LEASE_SECS) == set()
     buffer.enroll("w3", LEASE_SECS)
     assert set(taken(claim(buffer))) == {trace_id(102)}
-    drop = [(i, DROP, None) for i, _ in buffer.claimed_by("w2", 1)]
+    drop = [(i, DROP) for i, _ in buffer.claimed_by("w2", 1)]
     assert all(buffer.record("w2", "w2", 1, drop))
-    buffer.free("w2", "w2", 1, [i for i, _, _ in drop])
-    assert buffer.release("w2", "w2", 1, [i for i, _, _ in drop], TTL_SECS) == 51
+    buffer.free("w2", "w2", 1, [i for i, _ in drop])
+    assert buffer.release("w2", "w2", 1, [i for i, _ in drop], TTL_SECS) == 51
     own_server.client.config_set("maxmemory", "256mb")
     assert faults(own_server) == []
     assert buffer.usage().pending_spans == 2

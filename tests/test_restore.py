@@ -86,10 +86,13 @@ class Process:
         return {trace for trace, _ in result.traces}
 
     def record(self, sequence: int, trace: int, verdict: Verdict, upgrade: Verdict | None = None) -> Recorded:
-        (recorded,) = self.buffer.record(
-            self.writer, self.writer, sequence, [(trace_id(trace), verdict, upgrade)]
-        )
+        """With an upgrade: as it is where late spans hold a new error."""
+        (recorded,) = self.buffer.record(self.writer, self.writer, sequence, [(trace_id(trace), verdict)])
         assert recorded is not None
+        if upgrade is not None:
+            (turned,) = self.buffer.turn(self.writer, self.writer, sequence, [(trace_id(trace), upgrade)])
+            assert turned is not None
+            return Recorded(turned, recorded.coverage)
         return recorded
 
     def land_decision(
@@ -226,28 +229,6 @@ def test_a_dropped_trace_can_still_turn(start: Callable[[str], Process], behind:
     assert two.record(1, 1, KEEP, LATE_ERROR) == Recorded(LATE_ERROR, frozenset({(0, 0)}))
 
 
-def test_an_error_of_its_own_is_not_late(start: Callable[[str], Process], behind: Any) -> None:
-    """What a surviving claim has landed counts as covered with its release: its adopter upgrades nothing by it."""
-    one = start("w1")
-    one.settle()
-    one.buffer.enroll("w1", LEASE_SECS)
-    one.take_in(spans_of(1, 0))
-    one.claim(1)
-    one.record(1, 1, DROP)
-    one.land_decision(1, 1, DROP, 0)
-    behind.delete("{tss:0}:epoch")
-    two = start("w2")
-    two.settle(low_ms=T0_MS)
-    two.buffer.enroll("w2", LEASE_SECS)
-    assert two.buffer.abandoned() == [("w1", 1)]
-    adopted = [(trace_id(1), KEEP, LATE_ERROR)]
-    assert two.buffer.record("w2", "w1", 1, adopted) == [Recorded(DROP, frozenset())]
-    assert two.buffer.release("w2", "w1", 1, [trace_id(1)], TTL_SECS) == 1
-    two.take_in(spans_of(1, 0), spans_of(1, 1))
-    two.claim(1)
-    assert two.record(1, 1, KEEP, LATE_ERROR) == Recorded(LATE_ERROR, frozenset({(0, 0)}))
-
-
 def test_only_what_can_come_again_is_read(start: Callable[[str], Process], behind: Any) -> None:
     """Decisions older than the memory of a verdict before the oldest record are left alone; all others expire."""
     one = start("w1")
@@ -286,7 +267,7 @@ def test_what_survived_goes_on(start: Callable[[str], Process], behind: Any) -> 
     two.settle(low_ms=T0_MS)
     two.buffer.enroll("w2", LEASE_SECS)
     assert two.buffer.abandoned() == [("w1", 1)]
-    (adopted,) = two.buffer.record("w2", "w1", 1, [(trace_id(1), DROP, None)])
+    (adopted,) = two.buffer.record("w2", "w1", 1, [(trace_id(1), DROP)])
     assert adopted == Recorded(KEEP, frozenset())
     assert two.sink.landed("decisions") == {"w1": 1}, "so its decision is not written again"
     assert two.buffer.release("w2", "w1", 1, [trace_id(1)], TTL_SECS) == 1

@@ -38,7 +38,7 @@ from tss.buffer import shard_of
 from tss.consistent import trace_randomness
 from tss.model import ERROR, FACTS, NO_START, ROOT, Origin, Record, decode_origins
 from tss.rules import RuleSet
-from tss.wire import COPIES_BYTES_MAX, Decoded, payload_mask, resource_frames
+from tss.wire import COPIES_BYTES_MAX, Decoded, new_error, payload_mask, resource_frames
 
 NO_RULES = RuleSet()
 SHOP_RULES = RuleSet(
@@ -709,3 +709,19 @@ def test_shards_are_spread(shards: int, ids_: list[bytes]) -> None:
     rows = shard_of(id_rows(ids_), shards)
     assert rows.min() >= 0
     assert np.bincount(rows, minlength=shards).max() <= 1.5 * len(ids_) / shards
+
+
+def test_an_error_is_new_by_its_record() -> None:
+    """Of a chunk of several records, an error counts as new exactly if its own record is not covered."""
+    failing = span(1, 2, error=True)
+    records = [
+        record(resource_spans(span(1, 1)), offset=0),
+        record(resource_spans(failing, span(1, 3)), offset=1),
+        record(resource_spans(span(1, 4)), offset=2),
+    ]
+    chunks = decoded(*records).chunks
+    held = {chunks.field(0): chunks.payload(0)}
+    assert new_error(held, frozenset())
+    assert new_error(held, {(0, 0), (0, 2)})
+    assert not new_error(held, {(0, 1)})
+    assert not new_error(dict.fromkeys(held, b""), frozenset()), "freed: it was looked at before"

@@ -9,7 +9,7 @@ a Redis Cluster. Every shard is complete in itself: one MULTI or one script on o
     {tss:n}:born       zset    trace, pending or claimed → oldest log time (LT); its minimum is `low`
     {tss:n}:root       zset    pending trace whose root span is in → log time; only with a root timer
     {tss:n}:big        zset    pending trace over a size limit → log time; judged at once
-    {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger
+    {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger; `!` after it: TURN has settled it
     {tss:n}:open       set     <w>:<s> of every claim hash that exists
     {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → when they landed, one field a sequence
     {tss:n}:live       zset    writer → lease expiry; who is not in it may not write
@@ -63,7 +63,6 @@ LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for
 WAITAOF_TIMEOUT_MS = 10_000
 RECEIVE_BYTES = 1 << 18
 ID_BYTES = 16
-NO_UPGRADE = 65_535  # in a request to RECORD; more verdicts than a claim has traces
 NOTHING_LANDED: frozenset[tuple[int, int]] = frozenset()
 # A payload that is packed begins with this byte and its size in four more; a plain one begins with 0x0A, the tag of
 # its first field. LZ4 costs 0.5 us a span and saves the server 2: it reads, stores and logs a fourth of the bytes.
@@ -225,9 +224,9 @@ return {'ok', clock, table.concat(waiting, ','), table.concat(stalled, ','), due
 """
 )
 
-# Step 9. The first verdict wins; a dropped trace may turn to kept only where something of it landed before. A trace is
-# an id, the number of its candidate among the arguments that follow, and that of its upgrade. The answer to each: 0 the
-# claim is gone, 1 the candidate holds and nothing landed before, else the verdict that holds and what landed.
+# Step 9. The first verdict wins. A trace is an id and the number of its candidate among the arguments that follow. The
+# answer to each: 0 the claim is gone, 1 the candidate holds and nothing landed before, else the verdict that holds and
+# what landed.
 RECORD = Script(
     _FULL_MEMORY
     + """
@@ -236,24 +235,46 @@ local tag = ARGV[1]
     + _GUARD
     + """
 local claim, traces, first, out = ARGV[4], ARGV[5], 6, {}
-for at = 1, #traces, 20 do
+for at = 1, #traces, 18 do
   local id = string.sub(traces, at, at + 15)
-  local high, low, upgrade_high, upgrade_low = string.byte(traces, at + 16, at + 19)
-  local candidate, upgrade = ARGV[first + high * 256 + low], upgrade_high * 256 + upgrade_low
-  local key = tag .. 'd:' .. id
+  local high, low = string.byte(traces, at + 16, at + 17)
+  local candidate, key = ARGV[first + high * 256 + low], tag .. 'd:' .. id
   if redis.call('HEXISTS', claim, id) == 0 then
     out[#out + 1] = 0
   elseif redis.call('HSETNX', key, 'v', candidate) == 1 and redis.call('HLEN', key) == 1 then
     out[#out + 1] = 1
   else
     local verdict = redis.call('HGET', key, 'v')
-    if upgrade ~= 65535 and string.sub(verdict, 1, 1) == '0' and redis.call('HLEN', key) > 1 then
-      verdict = ARGV[first + upgrade]
-      redis.call('HSET', key, 'v', verdict)
-    end
     redis.call('PERSIST', key)
     out[#out + 1] = {verdict, redis.call('HKEYS', key)}
   end
+end
+return {'ok', out}
+"""
+)
+
+# Step 9, where a trace was dropped and something of it landed: a new error turns it. This is settled once a sequence,
+# and noted in its claim: whoever adopts it may know other rules.
+TURN = Script(
+    _FULL_MEMORY
+    + """
+local tag = ARGV[1]
+"""
+    + _GUARD
+    + """
+local claim, out = ARGV[4], {}
+for i = 5, #ARGV, 2 do
+  local id, upgrade, key = ARGV[i], ARGV[i + 1], tag .. 'd:' .. ARGV[i]
+  local note = redis.call('HGET', claim, id)
+  local verdict = note and redis.call('HGET', key, 'v')
+  if verdict and #note == 1 and string.sub(verdict, 1, 1) == '0' then
+    redis.call('HSET', claim, id, note .. '!')
+    if upgrade ~= '' then
+      verdict = upgrade
+      redis.call('HSET', key, 'v', verdict)
+    end
+  end
+  out[#out + 1] = verdict or false
 end
 return {'ok', out}
 """
@@ -364,7 +385,7 @@ return {'ok'}
 """
 )
 
-SCRIPTS = (CLAIM, RECORD, RELEASE, FREE, RENEW, ENROLL)
+SCRIPTS = (CLAIM, RECORD, TURN, RELEASE, FREE, RENEW, ENROLL)
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -789,7 +810,7 @@ class Buffer:
         }
         out = []
         for (pairs,) in self._all(commands).values():
-            out += [(pairs[i], Trigger(int(pairs[i + 1]))) for i in range(0, len(pairs), 2)]
+            out += [(pairs[i], Trigger(int(pairs[i + 1][:1]))) for i in range(0, len(pairs), 2)]
         return out
 
     def facts(self, traces: Sequence[tuple[bytes, Trigger]]) -> list[Claimed]:
@@ -826,28 +847,17 @@ class Buffer:
         return shards
 
     def record(
-        self, me: str, owner: str, sequence: int, candidates: Sequence[tuple[bytes, Verdict, Verdict | None]]
+        self, me: str, owner: str, sequence: int, candidates: Sequence[tuple[bytes, Verdict]]
     ) -> list[Recorded | None]:
-        """Step 9: (trace, candidate, upgrade) to the verdict that holds; None where the claim is gone."""
-        numbers: dict[
-            int, int
-        ] = {}  # by identity: the verdicts of a claim are few objects, and hashing them costs
-        different: list[Verdict] = []
-
-        def number(verdict: Verdict | None) -> int:
-            if verdict is None:
-                return NO_UPGRADE
-            known = numbers.get(id(verdict))
-            if known is None:
-                known = numbers[id(verdict)] = len(different)
-                different.append(verdict)
-            return known
-
+        """Step 9: (trace, candidate) to the verdict that holds; None where the claim is gone."""
+        # By identity: the verdicts of a claim are few objects, and hashing them costs.
+        different = list({id(verdict): verdict for _, verdict in candidates}.values())
+        numbers = {id(verdict): number for number, verdict in enumerate(different)}
         packed = [
-            b"%b%b" % (trace_id, (number(candidate) << 16 | number(upgrade)).to_bytes(4, "big"))
-            for trace_id, candidate, upgrade in candidates
+            b"%b%b" % (trace_id, numbers[id(candidate)].to_bytes(2, "big"))
+            for trace_id, candidate in candidates
         ]
-        shards = self._shards_of([trace_id for trace_id, _, _ in candidates])
+        shards = self._shards_of([trace_id for trace_id, _ in candidates])
         encoded = [verdict.encode() for verdict in different]
         arguments = {
             shard: [me, self.epoch or "", _claim_key(shard, owner, sequence), b"".join(mine), *encoded]
@@ -857,8 +867,24 @@ class Buffer:
         holds = [Recorded(verdict, NOTHING_LANDED) for verdict in different]
         return [
             _recorded(next(in_turn[shard]), holds[numbers[id(candidate)]])
-            for shard, (_, candidate, _) in zip(shards, candidates, strict=True)
+            for shard, (_, candidate) in zip(shards, candidates, strict=True)
         ]
+
+    def turn(
+        self, me: str, owner: str, sequence: int, upgrades: Sequence[tuple[bytes, Verdict | None]]
+    ) -> list[Verdict | None]:
+        """Step 9 of dropped traces with late spans: (trace, upgrade) to the verdict that holds, as `record` does it.
+
+        An upgrade is given for a new error; without one, the drop is settled for this sequence.
+        """
+        shards = self._shards_of([trace_id for trace_id, _ in upgrades])
+        arguments: dict[int, list[Any]] = {}
+        for shard, (trace_id, upgrade) in zip(shards, upgrades, strict=True):
+            mine = arguments.setdefault(shard, [me, self.epoch or "", _claim_key(shard, owner, sequence)])
+            mine += (trace_id, upgrade.encode() if upgrade else b"")
+        replies = {shard: iter(reply[1]) for shard, reply in self._scripted(TURN, arguments).items()}
+        verdicts = (next(replies[shard]) for shard in shards)
+        return [None if verdict is None else Verdict.decode(verdict) for verdict in verdicts]
 
     def free(self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes]) -> None:
         """Empties the payloads of dropped traces of an open sequence."""

@@ -32,13 +32,13 @@ from tss.buffer import Buffer, Recorded, Timers
 from tss.clock import Clock
 from tss.compiler import PYTHON
 from tss.errors import Fenced, Unavailable
-from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrades, summarise
+from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics, observe_all
 from tss.model import Claimed, Now, Trigger, Verdict, epoch_name
 from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
-from tss.wire import payload_mask
+from tss.wire import new_error, payload_mask
 
 log = logging.getLogger("tss")
 
@@ -258,15 +258,42 @@ class Writer:
         masks = self._fresh_masks(buffer, traces, summary, rules)
         active = rules.active(from_millis(self._clock.now().wall_ms))
         candidates = judge(traces, summary, self._policies, rules, active, masks)
-        upgrades = late_upgrades(candidates, summary.errors.tolist())
-        ids = (trace.trace_id for trace in traces)
         recorded = buffer.record(
-            self.id, sequence.owner, sequence.number, list(zip(ids, candidates, upgrades, strict=True))
+            self.id,
+            sequence.owner,
+            sequence.number,
+            [(trace.trace_id, candidate) for trace, candidate in zip(traces, candidates, strict=True)],
         )
+        self._turn(buffer, sequence, traces, candidates, recorded, summary)
         crashpoints.passed("after-record")
         rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]
         chunks = dict(zip(rows, buffer.payloads([traces[row].trace_id for row in rows]), strict=True))
         self._add(sequence, traces, recorded, summary, chunks)
+
+    def _turn(
+        self,
+        buffer: Buffer,
+        sequence: OpenSequence,
+        traces: Sequence[Claimed],
+        candidates: Sequence[Verdict],
+        recorded: list[Recorded | None],
+        summary: Summary,
+    ) -> None:
+        """Late errors among dropped traces: what was only delivered again turns nothing."""
+        assert self.id is not None
+        late = {i: r for i, r in enumerate(recorded) if r is not None and r.coverage and not r.verdict.kept}
+        if not late:
+            return
+        upgrades = {row: late_upgrade(candidates[row], bool(summary.errors[row])) for row in late}
+        failing = [row for row, upgrade in upgrades.items() if upgrade is not None]
+        payloads = buffer.payloads([traces[row].trace_id for row in failing])
+        for row, chunks in zip(failing, payloads, strict=True):
+            if not new_error(chunks, late[row].coverage):
+                upgrades[row] = None
+        settled = [(traces[row].trace_id, upgrade) for row, upgrade in upgrades.items()]
+        verdicts = buffer.turn(self.id, sequence.owner, sequence.number, settled)
+        for row, verdict in zip(late, verdicts, strict=True):
+            recorded[row] = None if verdict is None else Recorded(verdict, late[row].coverage)
 
     def _fresh_masks(
         self, buffer: Buffer, traces: Sequence[Claimed], summary: Summary, rules: RuleSet

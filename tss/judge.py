@@ -7,7 +7,7 @@ its verdict states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,15 +187,3 @@ def late_upgrade(candidate: Verdict, error: bool) -> Verdict | None:
     if not (candidate.kept and error and candidate.reason in (ERROR_REASON, FORCE)):
         return None
     return Verdict(True, LATE_ERROR, candidate.policy, candidate.probability, Trigger.LATE, candidate.rules)
-
-
-def late_upgrades(candidates: Sequence[Verdict], errors: Iterable[bool]) -> list[Verdict | None]:
-    """`late_upgrade` of each; as few objects as `judge` makes."""
-    known: dict[tuple[int, bool], Verdict | None] = {}
-    out = []
-    for candidate, error in zip(candidates, errors, strict=True):
-        key = id(candidate), error
-        if key not in known:
-            known[key] = late_upgrade(candidate, error)
-        out.append(known[key])
-    return out

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator
 from typing import Protocol
 
 import pyarrow as pa
@@ -60,11 +59,10 @@ def restore(
     sink.enter_epoch(epoch)
     count = 0
     if low_ms is not None:
-        held = {claim: {trace for trace, _ in buffer.claimed_by(*claim)} for claim in buffer.abandoned()}
         landed = sink.landed("spans")
         since = max(0, low_ms - int(ttl_secs * 1000))
         for batch in sink.decisions_since(since):
-            rows = list(_remembered(batch.to_pylist(), landed, held))
+            rows = list(_remembered(batch.to_pylist(), landed))
             buffer.remember(rows, ttl_secs)
             count += len(rows)
             log.info("Verdicts read back from the decisions table: %d", count)
@@ -73,15 +71,10 @@ def restore(
 
 
 def _remembered(
-    rows: list[dict[str, object]], landed: dict[str, int], held: Mapping[tuple[str, int], AbstractSet[bytes]]
+    rows: list[dict[str, object]], landed: dict[str, int]
 ) -> Iterator[tuple[bytes, Verdict, bytes | None]]:
-    """A kept row counts as covered only where its spans landed; a dropped one needs nothing more.
-
-    What a surviving claim holds is covered by its release, as always: whoever adopts it would else take the trace's
-    own records for some that landed before, and an error among them for a late one.
-    """
+    """A kept row counts as covered only where its spans landed; a dropped one needs nothing more."""
     for row in rows:
-        trace_id, claim = bytes.fromhex(str(row["trace_id"])), (str(row["writer"]), int(str(row["sequence"])))
         kept = bool(row["kept"])
         verdict = Verdict(
             kept,
@@ -91,9 +84,7 @@ def _remembered(
             Trigger[str(row["trigger"]).upper()],
             int(str(row["rules_version"]), 16),
         )
-        covered = not kept or landed.get(claim[0], 0) >= claim[1]
-        if trace_id in held.get(claim, ()):
-            covered = False
+        covered = not kept or landed.get(str(row["writer"]), 0) >= int(str(row["sequence"]))
         records = sorted(parse_records(str(row["records"]))) if covered else []
         origins = encode_origins(Origin(p, offset, 0) for p, offset in records)
-        yield trace_id, verdict, origins or None
+        yield bytes.fromhex(str(row["trace_id"])), verdict, origins or None

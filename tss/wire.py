@@ -17,7 +17,8 @@ Pure: no clock, no I/O. Compiled kernels are to fill the same interface; this st
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ from tss.model import (
     DeadLetter,
     Origin,
     Record,
+    decode_origins,
     encode_origins,
 )
 from tss.rules import Attributes, RuleSet
@@ -382,6 +384,19 @@ def any_value(value: AnyValue) -> Any:
             return {pair.key: any_value(pair.value) for pair in value.kvlist_value.values}
         case _:
             return getattr(value, kind)
+
+
+def new_error(chunks: Mapping[bytes, bytes], coverage: AbstractSet[tuple[int, int]]) -> bool:
+    """Whether a span with an error came with a record that is not covered; `chunks` is field → payload."""
+    for name, payload in chunks.items():
+        fresh: list[bool] = []
+        for origin in decode_origins(name[FACTS.itemsize :]):
+            fresh += [(origin.partition, origin.offset) not in coverage] * origin.spans
+        raws = (raw for frame in resource_frames(payload) for scope in frame.scopes for raw in scope.spans)
+        for new, raw in zip(fresh, raws, strict=False):  # a payload that was freed has no spans
+            if new and Span.FromString(raw).status.code == Status.STATUS_CODE_ERROR:
+                return True
+    return False
 
 
 def payload_mask(payload: bytes, rules: RuleSet) -> int:

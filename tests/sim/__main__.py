@@ -43,7 +43,11 @@ def _play_seeds(seeds: range, *, story: bool) -> int:
     records = 0
     started = told = time.monotonic()
     for done, seed in enumerate(seeds, start=1):
-        outcome = play(draw(seed))
+        try:
+            outcome = play(draw(seed))
+        except Exception as fault:
+            fault.add_note(f"in seed {seed}")
+            raise
         injected += outcome.injected
         records += len(outcome.log)
         if story:
@@ -83,10 +87,10 @@ def _tell(plan: Plan) -> None:
 
 def _find_accidents(first: int) -> int:
     missing = []
-    for name, removal in accidents.REMOVALS.items():
+    for name, accident in accidents.ACCIDENTS.items():
         if accidents.file_of(name) in kept.names():
             continue
-        plan = accidents.find(removal, itertools.islice(itertools.count(first), 500))
+        plan = accidents.find(accident, itertools.islice(itertools.count(first), 500))
         if plan is None:
             missing.append(name)
             print(f"{name}: no history found", flush=True)

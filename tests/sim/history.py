@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status, TracesData
 
 from tests.sim import iceberg, links, redis
+from tests.sim.bounds import Bounds
 from tests.sim.fleet import Fleet, Worker
 from tests.sim.iceberg import Catalog
 from tests.sim.kafka import Broker
@@ -82,6 +83,7 @@ class Plan:
     claim_max: int = 2000
     batch_max: int = 10
     flush_secs: float = 1.0
+    flush_spans: int = 50_000
     root_wait_secs: float | None = None
     buffer_traces: int = 5_000_000
     stall_secs: float = 300.0
@@ -125,6 +127,8 @@ class Outcome:
     story: list[str]
     breaches: list[str]
     """Of the law of Redis' keys, seen on the way."""
+    excesses: list[str]
+    """Of the law of memory."""
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ def _varied(plan: Plan) -> Plan:
             at_secs = round(chance.uniform(0, plan.active_secs), 3)
             records.append(RecordPlan(at_secs, chance.randrange(plan.partitions), ()))
     plan = replace(plan, records=tuple(sorted(records, key=lambda record: record.at_secs)))
-    plan = replace(plan, static=chance.random() < 0.2)
+    plan = replace(plan, static=chance.random() < 0.2, flush_spans=chance.choice((50_000,) * 4 + (3,)))
     if chance.random() < 0.1:
         sleep = Fault(round(chance.uniform(2, plan.active_secs), 3), "sleep", 0, 1.0, chance.uniform(30, 160))
         plan = replace(plan, ttl_secs=SLEEP_TTL_SECS, faults=_in_time((*plan.faults, sleep)))
@@ -255,7 +259,7 @@ def settings_of(plan: Plan) -> config.Config:
             partition_stall_secs=plan.stall_secs,
         ),
         redis=config.Redis(shards=links.SHARDS, cluster_enabled=plan.nodes > 1, trace_ttl_secs=plan.ttl_secs),
-        storage=config.Storage(flush_interval_secs=plan.flush_secs),
+        storage=config.Storage(flush_interval_secs=plan.flush_secs, flush_max_spans=plan.flush_spans),
     )
 
 
@@ -317,6 +321,9 @@ class Player:
         self._asleep_until = 0.0
         self._reached_ms: dict[int, int] = {}
         self._breaches: list[str] = []
+        self._excesses: list[str] = []
+        self._bounds = Bounds(self.fleet, plan.flush_spans, plan.buffer_traces)
+        self.fleet.broker.on_read = lambda process: self._bounds.read(process.name)
 
     def play(self) -> Outcome:
         world, plan = self.world, self.plan
@@ -344,6 +351,7 @@ class Player:
             world.injected,
             world.story,
             self._breaches,
+            self._excesses,
         )
         self._end()
         return outcome
@@ -353,6 +361,7 @@ class Player:
         shards = self.fleet.settings.redis.shards
         at = f"after {self.world.now_secs - T0_SECS:.1f} s, "
         self._breaches += [at + fault for fault in redis.faults(self.fleet.nodes.servers, shards)]
+        self._excesses += [at + excess for excess in self._bounds.look()]
         self.world.after(LOOK_SECS, self._look)
 
     def _schedule(self, record: RecordPlan) -> None:

@@ -45,6 +45,7 @@ class Broker:
         self.troubles: deque[str] = (
             deque()
         )  # of commits to come: `lost`, or `unheard` (done, but told as failed)
+        self.on_read: Callable[[Process], None] = lambda _: None
         self._session_secs = session_secs
         self._members: list[SimConsumer] = []
         self._owner: dict[int, SimConsumer] = {}
@@ -292,6 +293,7 @@ class SimConsumer:
         self._world.outside(self.process)
         found = [] if self._broker.down else self._fetch(self._chance.randint(1, count))
         if found:
+            self._broker.on_read(self.process)
             self._broker.answer(self.process)  # a batch may be in hand for long
         return found
 

@@ -184,6 +184,11 @@ def memory_is_given_back(outcome: Outcome) -> list[str]:
     ]
 
 
+def memory_is_bounded(outcome: Outcome) -> list[str]:
+    """While it runs, nothing grows beyond what its limit lets it hold (`bounds`)."""
+    return outcome.excesses
+
+
 LAWS: tuple[Callable[[Outcome], list[str]], ...] = (
     progress,
     conservation,
@@ -195,6 +200,7 @@ LAWS: tuple[Callable[[Outcome], list[str]], ...] = (
     not_early,
     keys_are_owned,
     memory_is_given_back,
+    memory_is_bounded,
 )
 
 
