@@ -638,7 +638,7 @@ def test_a_late_error_is_settled_once_a_sequence(server: Server, claimed: Buffer
     first = [(trace_id(1), None)]
     error = [(trace_id(1), LATE_ERROR)]
     for turns, holds in ((first, DROP), (error, LATE_ERROR)):
-        decide(claimed, 1, DROP)
+        assert claimed.record("w1", "w1", 1, [(trace_id(1), DROP)])
         assert claimed.turn("w1", "w1", 1, turns) == [holds]
         assert claimed.turn("w2", "w1", 1, error) == [holds], "settled"
         assert claimed.claimed_by("w1", 1) == [(trace_id(1), Trigger.INACTIVITY)]

@@ -133,7 +133,7 @@ class Ingest:
             return 0
         records = self.source.poll(POLL_SECS)
         if records:
-            self._take_in(buffer, records, now)
+            self._take_in(buffer, records, self._clock.now())  # connecting and polling took their time
         self._mark_ends(buffer, now)
         if now.mono_secs >= self._next_usage:
             self._next_usage = now.mono_secs + USAGE_SECS
@@ -195,10 +195,11 @@ class Ingest:
         self.source.dead_letter(batch.dead)
         positions = {r.partition: r.offset + 1 for r in records}
         oldest_ms = min(r.timestamp_ms for r in records)
-        self._waiting.append(Acknowledged(now.mono_secs, positions, oldest_ms))
+        acknowledged_secs = self._clock.now().mono_secs
+        self._waiting.append(Acknowledged(acknowledged_secs, positions, oldest_ms))
 
         metrics = self._metrics
-        metrics.batch_seconds.observe(self._clock.now().mono_secs - now.mono_secs)
+        metrics.batch_seconds.observe(acknowledged_secs - now.mono_secs)
         metrics.records_consumed.inc(len(records))
         metrics.bytes_consumed.inc(sum(len(r.value or b"") for r in records))
         metrics.records_empty.inc(batch.empty)
