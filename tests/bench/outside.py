@@ -21,6 +21,7 @@ from tests.stack import Stack, install, redis_part
 from tests.stack.install import locate
 from tss.embedded import EmbeddedKafka, EmbeddedRedis
 
+REDIS_LOG_BYTES = 1 << 30  # before it is rewritten: as docker-compose.yml has it
 REDIS_MAX_BYTES = 8 << 30  # never reached at the default size; a topic of millions may pile up in it
 WORKER = {
     "TSS__KAFKA__AUTO_OFFSET_RESET": "earliest",
@@ -109,6 +110,7 @@ def _redis(folder: Path) -> Iterator[str]:
         try:
             with redis.Redis.from_url(server.url, socket_timeout=10) as client:
                 client.config_set("maxmemory", REDIS_MAX_BYTES)
+                client.config_set("auto-aof-rewrite-min-size", REDIS_LOG_BYTES)
             yield server.url
         finally:
             server.kill()
