@@ -5,6 +5,8 @@ cut, flipped, left out, put in, or taken from another record; or the record is t
 and one field of it changed in a way that protobuf allows, or just not. Mutants go in batches with whole records
 between them, so that the joining of both paths is tried as well.
 
+The table of spans is tried on the same mutants, as payloads.
+
 `bin/fuzz` has numba check every index. Loads and copies, which it cannot see, are checked always.
 """
 
@@ -33,12 +35,15 @@ from tests.builders import (
     scope_spans,
     span,
     trace,
+    trace_id,
     traces_data,
     varint,
 )
-from tss import wire
+from tss import rows, wire
+from tss.gather import Gatherer
 from tss.kernels import Decoder
-from tss.model import Record
+from tss.model import Record, Trigger, Verdict
+from tss.rows import Cut, KeptTrace
 from tss.rules import ForceRule, RuleSet
 from tss.wire import Decoded
 
@@ -116,6 +121,37 @@ def decode_both_ways(records: Sequence[Record], rules: RuleSet) -> Decoded:
     decoded = wire.decode(records, rules)
     assert (fault := difference(_DECODER.decode(records, rules), decoded)) is None, fault
     return decoded
+
+
+DECIDED_AT = datetime(2027, 1, 15, 8, 0, 1, 500_000, UTC)
+KEPT = Verdict(True, "error", "error", 1.0, Trigger.INACTIVITY, 0xAB)
+
+
+def kept(trace: int, *payloads: bytes) -> KeptTrace:
+    """A trace of which all is written."""
+    pieces = Cut([(payload, None) for payload in payloads], "", sum(map(len, payloads)), 0)
+    return trace_id(trace), KEPT, False, pieces
+
+
+def gather_fault(gatherer: Gatherer, traces: Sequence[KeptTrace]) -> str | None:
+    """How kernels and twin disagree on the table of these traces; what one refuses, both must."""
+    try:
+        expected, repeated = rows.span_table(traces, DECIDED_AT)
+    except (DecodeError, IndexError) as fault:
+        try:
+            gatherer.span_table(traces, DECIDED_AT)
+        except type(fault):
+            return None
+        return f"the twin raises {fault!r}"
+    table, found = gatherer.span_table(traces, DECIDED_AT)
+    table.validate(full=True)
+    if table.equals(expected) and found == repeated:
+        return None
+    columns = [name for name in expected.schema.names if not table[name].equals(expected[name])]
+    told = [f"{name}: {table[name].to_pylist()} and {expected[name].to_pylist()}" for name in columns[:1]]
+    return "; ".join(
+        [*told, f"repeated: {found} and {repeated}", f"rows: {table.num_rows} and {expected.num_rows}"]
+    )
 
 
 # --- mutants -----------------------------------------------------------------------------------------------------
@@ -448,6 +484,41 @@ def _compare(decoder: Decoder, batch: Sequence[Record], rules: RuleSet) -> None:
     raise AssertionError(f"only as a batch: {fault}\nbatch = {batch!r}")
 
 
+def run_gather(mutants_wanted: int, seed: int, *, tell: Callable[[Tally], None] = lambda _: None) -> Tally:
+    """The same for the table of spans: mutants are payloads, in groups of which one may be cut off."""
+    rng = random.Random(seed)
+    gatherer = Gatherer()
+    tally = Tally()
+    whole = samples(seed)
+    stream = mutants(rng, whole)
+    while tally.mutants < mutants_wanted:
+        values = [next(stream) for _ in range(min(BATCH, mutants_wanted - tally.mutants))]
+        readable = []
+        for value in values:
+            if _has_rows(value):
+                readable.append(value)
+            elif (fault := gather_fault(gatherer, [kept(1, value)])) is not None:
+                raise AssertionError(f"{fault}\nvalue = bytes.fromhex('{value.hex()}')")
+        group = [kept(rng.randrange(9), value, rng.choice((value, whole[0]))) for value in readable]
+        group.append(kept(4, whole[0], whole[2]))
+        odd = gatherer.odd
+        if (fault := gather_fault(gatherer, group)) is not None:
+            raise AssertionError(f"{fault}\ngroup = {group!r}")
+        tally.mutants += len(values)
+        tally.odd += gatherer.odd - odd
+        tally.valid += len(readable)
+        tell(tally)
+    return tally
+
+
+def _has_rows(value: bytes) -> bool:
+    try:
+        rows.span_table([kept(1, value)], DECIDED_AT)
+    except (DecodeError, IndexError):
+        return False
+    return True
+
+
 def _is_valid(value: bytes) -> bool:
     try:
         TracesData.FromString(value)
@@ -461,34 +532,43 @@ def main() -> int:
         prog="bin/fuzz", description="Compares the compiled kernels with their twin."
     )
     parser.add_argument(
-        "--mutants", type=int, default=100_000, help="damaged records to try (default: 100000)"
+        "--mutants", type=int, default=100_000, help="damaged records to try on each part (default: 100000)"
     )
     parser.add_argument(
         "--seed", type=int, default=random.SystemRandom().randrange(2**32), help="repeats a run"
     )
+    parser.add_argument("--part", choices=PARTS, help="one part alone (default: both)")
     options = parser.parse_args()
     print(f"seed {options.seed}")
+    wanted = [options.part] if options.part else list(PARTS)
+    return 0 if all(_holds(part, options.mutants, options.seed) for part in wanted) else 1
+
+
+def _holds(part: str, mutants_wanted: int, seed: int) -> bool:
     started = told = time.monotonic()
 
     def tell(tally: Tally) -> None:
         nonlocal told
         if time.monotonic() - told > PROGRESS_SECS:
             told = time.monotonic()
-            print(_describe(tally, told - started), flush=True)
+            print(_describe(part, tally, told - started), flush=True)
 
     try:
-        tally = run(options.mutants, options.seed, tell=tell)
+        tally = PARTS[part](mutants_wanted, seed, tell=tell)
     except (AssertionError, IndexError) as fault:
-        print(f"kernels and twin differ (seed {options.seed}): {fault}", file=sys.stderr)
-        return 1
-    print(_describe(tally, time.monotonic() - started) + ": all the same")
-    return 0
+        print(f"{part}: kernels and twin differ (seed {seed}): {fault}", file=sys.stderr)
+        return False
+    print(_describe(part, tally, time.monotonic() - started) + ": all the same")
+    return True
 
 
-def _describe(tally: Tally, secs: float) -> str:
+PARTS: dict[str, Callable[..., Tally]] = {"decode": run, "gather": run_gather}
+
+
+def _describe(part: str, tally: Tally, secs: float) -> str:
     return (
-        f"{tally.mutants} mutants in {secs:.0f} s, {tally.valid / tally.mutants:.0%} readable by the official class, "
-        f"{1 - tally.odd / tally.mutants:.0%} taken in by the kernels"
+        f"{part}: {tally.mutants} mutants in {secs:.0f} s, {tally.valid} readable by the official class, "
+        f"{tally.odd} left to the twin"
     )
 
 

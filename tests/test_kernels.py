@@ -30,7 +30,7 @@ from tests.builders import (
     traces_data,
 )
 from tests.fuzz import RULES, fault_of, on_resource, on_span, rule_set
-from tss import compiler, kernels, wire
+from tss import compiler, kernels, native, wire
 from tss.consistent import trace_randomness
 from tss.rules import RuleSet
 from tss.wire import COPIES_BYTES_MAX
@@ -254,22 +254,21 @@ def test_nothing_is_compiled_while_records_are_read() -> None:
     kernels.warm_up()
     for batch in ([record(value=PLAIN)], [record(value=PLAIN), record(value=ODD["bad trace id"], offset=1)]):
         kernels.decode(batch, RULES)
-    assert {
-        kernel.__name__: len(kernel.signatures) for kernel in kernels.KERNELS if len(kernel.signatures) != 1
-    } == {}
+    own = [kernel for kernel in native.KERNELS if kernel.__module__ == kernels.__name__]
+    assert {kernel.__name__: len(kernel.signatures) for kernel in own if len(kernel.signatures) != 1} == {}
 
 
 def test_a_copy_or_a_load_outside_of_its_buffer_is_refused() -> None:
     """The two accesses that numba cannot check are checked, in production too."""
     eight, u = np.zeros(8, np.uint8), np.uint64
-    assert kernels._copy(eight, u(0), eight, u(0), u(8)) == 8
+    assert native.copy_bytes(eight, u(0), eight, u(0), u(8)) == 8
     for to_at, at, size in ((1, 0, 8), (0, 1, 8), (0, 0, 9), (9, 0, 0), (0, 2**64 - 1, 2), (0, 0, 2**64 - 1)):
         with pytest.raises(IndexError):
-            kernels._copy(eight, u(to_at), eight, u(at), u(size))
-    assert kernels._word(eight, u(0)) == 0
+            native.copy_bytes(eight, u(to_at), eight, u(at), u(size))
+    assert native.load_word(eight, u(0)) == 0
     for at in (1, 8, 2**64 - 8, 2**64 - 1):
         with pytest.raises(IndexError):
-            kernels._word(eight, u(at))
+            native.load_word(eight, u(at))
 
 
 # --- choosing and warming up -------------------------------------------------------------------------------------
@@ -301,7 +300,14 @@ def test_the_cache_moves_to_a_private_folder_where_its_own_cannot_be_written(
     assert compiler._cache_folder() != private
 
 
-WARM_UP = "from tss import compiler; compiler.load('numba'); from tss.kernels import KERNELS; print(sum(sum(k.stats.cache_misses.values()) for k in KERNELS))"
+def test_a_change_of_any_compiled_source_means_another_folder() -> None:
+    """What was compiled before would be run else: numba looks at the file of a kernel, not at what is pasted in."""
+    package = Path(compiler.__file__).parent
+    compiled = {path.name for path in package.glob("*.py") if "from tss.native import" in path.read_text()}
+    assert set(compiler.SOURCES) | {"compiler.py"} == compiled | {"native.py"}
+
+
+WARM_UP = "from tss import compiler; compiler.load('numba'); from tss.native import compilations; print(compilations())"
 
 
 @pytest.mark.embedded

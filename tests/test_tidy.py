@@ -38,7 +38,7 @@ LAYERS = (
     layer(
         "core",
         "pure: values in, values out",
-        "consistent wire otlp_json rules judge rows shop kernels origins resp chunk_writes policies",
+        "consistent wire otlp_json rules judge rows shop native kernels gather origins resp chunk_writes policies",
     ),
     layer(
         "equipment",

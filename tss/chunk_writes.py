@@ -7,29 +7,21 @@ name, and two numbers in digits. Every copy is checked against the size of both 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, TracesData
 
 from tss import wire
-from tss.kernels import _copy as copy_bytes
 from tss.model import Record
+from tss.native import U0, U1, U2, Bytes, U, UInt, copy_bytes, inner, kernel
 from tss.resp import Placed, Request, heads
 from tss.rules import RuleSet
 
-Compiled = TypeVar("Compiled", bound=Callable[..., Any])
-U: Any = np.uint64
-UInt: TypeAlias = Any  # an np.uint64
-Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.uint64]
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-KERNELS: list[Any] = []
 
-U0, U1, U2, U10, ZERO = U(0), U(1), U(2), U(10), U(ord("0"))
+U10, ZERO = U(10), U(ord("0"))
 ID_BYTES = U(16)
 LINE = np.frombuffer(b"\r\n", np.uint8)
 ID_HEAD = np.frombuffer(b"$16\r\n", np.uint8)
@@ -39,22 +31,12 @@ DIGITS_MAX = 20  # of 64 bits
 ROW_BYTES_MAX = 3 * 16 + 8 * (DIGITS_MAX + 5)
 
 
-def _kernel(function: Compiled) -> Compiled:
-    kernel = numba.njit(cache=True, **OPTIONS)(function)
-    KERNELS.append(kernel)
-    return cast("Compiled", kernel)
-
-
-def _inner(function: Compiled) -> Compiled:
-    return cast("Compiled", numba.njit(**OPTIONS)(function))
-
-
-@_inner
+@inner
 def _put_line(out: Bytes, at: UInt, data: Bytes, start: UInt, size: UInt) -> UInt:
     return copy_bytes(out, copy_bytes(out, at, data, start, size), LINE, U0, U2)
 
 
-@_inner
+@inner
 def _count_digits(value: UInt) -> UInt:
     digits = U1
     while value >= U10:
@@ -63,7 +45,7 @@ def _count_digits(value: UInt) -> UInt:
     return digits
 
 
-@_inner
+@inner
 def _put_number(out: Bytes, at: UInt, value: UInt) -> UInt:
     """The number and the end of its line."""
     end = at + _count_digits(value)
@@ -75,7 +57,7 @@ def _put_number(out: Bytes, at: UInt, value: UInt) -> UInt:
     return copy_bytes(out, end, LINE, U0, U2)
 
 
-@_inner
+@inner
 def _put_size(out: Bytes, at: UInt, size: UInt) -> UInt:
     if at >= U(out.size):
         raise IndexError("size outside of the buffer")
@@ -83,7 +65,7 @@ def _put_size(out: Bytes, at: UInt, size: UInt) -> UInt:
     return _put_number(out, at + U1, size)
 
 
-@_kernel
+@kernel
 def _write(
     ids: Bytes,
     names: Bytes,
@@ -158,11 +140,9 @@ def _bounds(texts: Any) -> Numbers:
     return bounds
 
 
-def warm_up() -> int:
-    """Loads the kernel from the cache on disk, or compiles it; returns how many had to be compiled."""
-    compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
+def warm_up() -> None:
+    """Loads the kernel from the cache on disk, or compiles it."""
     span = Span(trace_id=b"1" * 16, span_id=b"1" * 8)
     value = TracesData(resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=[span])])])
     chunks = wire.decode([Record(0, 0, 0, value.SerializeToString())], RuleSet()).chunks
     chunk_writes(Placed(chunks, [b"x"], np.zeros(1, np.int64), np.array([0, 1]), [b""]))
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS) - compiled

@@ -35,7 +35,7 @@ from tss.errors import Fenced, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics, observe_all
 from tss.model import Claimed, Now, Trigger, Verdict, epoch_name
-from tss.rows import Cut, Decision, cut, decision_table, from_millis, span_table
+from tss.rows import Cut, Decision, cut, decision_table, from_millis
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
 from tss.wire import new_error, payload_mask
@@ -393,7 +393,7 @@ class Writer:
         if not sequence.decisions:
             return 0
         decisions = decision_table(sequence.decisions, decided_at, sequence.owner, sequence.number)
-        spans, repeated = span_table(sequence.cuts, decided_at)
+        spans, repeated = self.kernels.span_table(sequence.cuts, decided_at)
 
         wanted: list[tuple[Kind, pa.Table]] = [("decisions", decisions)]  # the order of step 12
         if spans.num_rows:

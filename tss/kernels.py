@@ -20,129 +20,78 @@ Rejected: handing a whole batch to the twin when one record is odd (a single bad
 speed), re-reading the twin's chunks through `scan` (what was odd stays odd), and rules judged in the kernel (twelve
 operators on seven kinds of values, twice).
 
-About the code. Numbers that address memory are unsigned 64-bit throughout: numba then drops the code for negative
-indices, a third of the time; but an unsigned and a plain integer make a float, so constants are `U(…)` too. Each
-reader returns the next position, or BAD, which lies behind any end; whoever reads checks once. Loads and copies
-that numba cannot check are checked in `_word` and `_copy`. All compiled functions stand in this one file, and take from
-others no constant that may change: the cache on disk looks at nothing but the file of the kernel it is for.
+About the code, see `native`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status, TracesData
 
 from tss import wire
 from tss.consistent import parse_ot_state
 from tss.model import ERROR, FACTS, NO_START, ROOT, SPAN_ID_BYTES, TRACE_ID_BYTES, Chunks, DeadLetter, Record
+from tss.native import (
+    BAD,
+    DEPTH_MAX,
+    FIELD_CODES,
+    FIELDS_MAX,
+    NONE,
+    RESOURCE_KIND,
+    SCOPE_KIND,
+    SPAN_KIND,
+    U0,
+    U1,
+    U2,
+    U3,
+    U4,
+    U7,
+    U8,
+    UNKNOWN,
+    VALUE_KIND,
+    Bytes,
+    Keys,
+    Schema,
+    Table,
+    U,
+    UInt,
+    copy_bytes,
+    find_key,
+    hash_bytes,
+    inner,
+    is_equal,
+    is_utf8,
+    is_valid,
+    kernel,
+    load_word,
+    make_keys,
+    merged,
+    mix,
+    padded,
+    pasted,
+    read_length,
+    read_tag,
+    read_varint,
+    skip,
+)
 from tss.rules import ForceRule, Matcher, RuleSet
 from tss.wire import COPIES_BYTES_MAX, Decoded
 
 BATCH_BYTES_MAX = 1 << 31  # positions in tables are 32 bits wide; a larger batch goes to the twin
-DEPTH_MAX = 64  # nested messages below a span; the official class allows 100 from the outermost on
 SPAN_BYTES_MIN = 30  # 18 for the trace id, 10 for the span id, 2 for the frame: bounds the rows of a batch
 HIT_BYTES_MIN = 5  # an attribute with a key of one character and no value
 VALUES_MAX = 1 << 16  # attribute values whose verdict is remembered; beyond, all are forgotten
 VALUES_BYTES_MAX = 8 << 20
 VALUE_BYTES_MAX = VALUES_BYTES_MAX >> 3  # a longer value is the twin's business
-
-# --- numba ---------------------------------------------------------------------------------------------------------
-
-Compiled = TypeVar("Compiled", bound=Callable[..., Any])
-Bytes = NDArray[np.uint8]
-Table = NDArray[Any]
-U: Any = np.uint64
-UInt: TypeAlias = Any  # an np.uint64
-
-
-# Kernels allocate nothing, so references need no counting: `_nrt` off leaves that out, half of the time.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-
-
-def _kernel(function: Compiled) -> Compiled:
-    """Compiled at the first call on this machine, kept on disk, runs without the lock of the interpreter."""
-    kernel = numba.njit(cache=True, **OPTIONS)(function)
-    KERNELS.append(kernel)
-    return cast("Compiled", kernel)
-
-
-def _inner(function: Compiled) -> Compiled:
-    """Called by kernels only, compiled as a part of each."""
-    return cast("Compiled", numba.njit(**OPTIONS)(function))
-
-
-def _pasted(function: Compiled) -> Compiled:
-    """The same, written into its caller: a call that hands on whole tables costs more than what it does."""
-    return cast("Compiled", numba.njit(inline="always", **OPTIONS)(function))
-
-
-KERNELS: list[Any] = []
-
-U0, U1, U2, U3, U4, U5, U7, U8 = (U(n) for n in (0, 1, 2, 3, 4, 5, 7, 8))
-BAD = U(2**64 - 1)
-NONE = np.uint32(2**32 - 1)
-
-
-def _build_load(_: Any, data: Any, at: Any) -> Any:
-    """Eight bytes, wherever they begin."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        word = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
-        return builder.load(word, align=1)
-
-    return types.uint64(data, types.uint64), build
-
-
-_load: Any = intrinsic(_build_load)
-
-
-raw_memcpy: Any = cgutils.raw_memcpy  # type: ignore[no-untyped-call,unused-ignore]
-
-
-def _build_memcpy(_: Any, to: Any, to_at: Any, data: Any, at: Any, size: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        target = context.make_array(signature.args[0])(context, builder, args[0])
-        source = context.make_array(signature.args[2])(context, builder, args[2])
-        where = builder.gep(target.data, [args[1]])
-        raw_memcpy(builder, where, builder.gep(source.data, [args[3]]), args[4], 1, align=1)
-        return context.get_dummy_value()
-
-    return types.void(to, types.uint64, data, types.uint64, types.uint64), build
-
-
-_memcpy: Any = intrinsic(_build_memcpy)
-
-
-@_inner
-def _word(data: Bytes, at: UInt) -> Any:
-    if at + U8 > U(data.size) or at > U(data.size):
-        raise IndexError("load outside of the buffer")
-    return _load(data, at)
-
-
-@_inner
-def _copy(to: Bytes, to_at: UInt, data: Bytes, at: UInt, size: UInt) -> UInt:
-    """Returns where the copy ends."""
-    if size > U(data.size) or at > U(data.size) - size or size > U(to.size) or to_at > U(to.size) - size:
-        raise IndexError("copy outside of the buffer")
-    _memcpy(to, to_at, data, at, size)
-    return to_at + size
-
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
@@ -195,226 +144,10 @@ class Scan(NamedTuple):
     hits: Table
 
 
-class Keys(NamedTuple):
-    """The keys that rules ask for: chained by a small hash, texts end to end."""
-
-    heads: NDArray[np.uint32]
-    links: NDArray[np.uint32]
-    at: NDArray[np.uint64]
-    text: Bytes
-    seen: NDArray[np.uint64]  # last span in which a key was found: only its first value counts
-
-
-class Schema(NamedTuple):
-    """The official messages: a code for each field of each kind, and a stack to walk them."""
-
-    fields: NDArray[np.uint16]
-    ends: NDArray[np.uint64]
-    kinds: NDArray[np.uint64]
-
-
-# A field's code: wire type | TEXT | (kind of the message in it + 1) << 4.
-TEXT = 8
-UNKNOWN = 7  # no wire type has this number
-FIELDS_MAX = 64  # field numbers the table knows; official ones beyond are deprecated and skipped as unknown
-
-
-# These come first, so that their numbers are the same for every version of the official package.
-SPAN_KIND, RESOURCE_KIND, SCOPE_KIND, VALUE_KIND = (U(n) for n in range(4))
-FIRST_KINDS: tuple[Any, ...] = (Span, Resource, InstrumentationScope, AnyValue)
-
-
-def _field_codes() -> NDArray[np.uint16]:
-    """The code of each field (column) of each kind of message (row)."""
-    kinds = {message.DESCRIPTOR.full_name: n for n, message in enumerate(FIRST_KINDS)}
-    messages: list[Descriptor] = [message.DESCRIPTOR for message in FIRST_KINDS]
-    codes: list[NDArray[np.uint16]] = []
-    for message in messages:  # grows on the way
-        row = np.full(FIELDS_MAX, UNKNOWN, np.uint16)
-        for field in message.fields:
-            row[field.number] = _code(field)
-            inner = field.message_type
-            if inner is not None:
-                if inner.full_name not in kinds:
-                    kinds[inner.full_name] = len(messages)
-                    messages.append(inner)
-                row[field.number] |= kinds[inner.full_name] + 1 << 4
-        codes.append(row)
-    return np.stack(codes)
-
-
-def _code(field: FieldDescriptor) -> int:
-    match field.type:
-        case FieldDescriptor.TYPE_STRING:
-            return 2 | TEXT
-        case FieldDescriptor.TYPE_BYTES | FieldDescriptor.TYPE_MESSAGE:
-            return 2
-        case FieldDescriptor.TYPE_DOUBLE | FieldDescriptor.TYPE_FIXED64 | FieldDescriptor.TYPE_SFIXED64:
-            return 1
-        case FieldDescriptor.TYPE_FLOAT | FieldDescriptor.TYPE_FIXED32 | FieldDescriptor.TYPE_SFIXED32:
-            return 5
-        case _:
-            return 0
-
-
-FIELD_CODES = _field_codes()
-
-# --- reading protobuf ----------------------------------------------------------------------------------------------
-
-
-@_inner
-def _varint(data: Bytes, at: UInt, end: UInt) -> tuple[UInt, UInt]:
-    """(value, next); BAD where it is cut off or beyond 64 bits."""
-    value = U0
-    shift = U0
-    while at < end and shift < U(64):
-        byte = U(data[at])
-        at += U1
-        value |= (byte & U(0x7F)) << shift
-        if byte < U(0x80):
-            if shift == U(63) and byte > U1:
-                return U0, BAD
-            return value, at
-        shift += U7
-    return U0, BAD
-
-
-@_inner
-def _tag(data: Bytes, at: UInt, end: UInt) -> tuple[UInt, UInt]:
-    """(tag, next) of a field below 2048, in its shortest form; anything else is BAD."""
-    if at >= end:
-        return U0, BAD
-    tag = U(data[at])
-    at += U1
-    if tag >= U(0x80):
-        if at >= end:
-            return U0, BAD
-        byte = U(data[at])
-        at += U1
-        if byte == U0 or byte >= U(0x80):
-            return U0, BAD
-        tag = tag & U(0x7F) | byte << U7
-    if tag < U8:
-        return U0, BAD
-    return tag, at
-
-
-@_inner
-def _length(data: Bytes, at: UInt, end: UInt) -> tuple[UInt, UInt]:
-    """(size, next) of a delimited field that ends within `end` and states its size in four bytes, else BAD."""
-    if at >= end:
-        return U0, BAD
-    size = U(data[at])
-    at += U1
-    if size >= U(0x80):
-        more, after = _varint(data, at, end)
-        if after > end or after - at > U3:
-            return U0, BAD
-        size = size & U(0x7F) | more << U7
-        at = after
-    if size > end - at:
-        return U0, BAD
-    return size, at
-
-
-@_inner
-def _skip(data: Bytes, at: UInt, end: UInt, wire_type: UInt) -> UInt:
-    """The end of a field's value; BAD for groups, too."""
-    if wire_type == U0:
-        _, at = _varint(data, at, end)
-        return at
-    if wire_type == U2:
-        size, at = _length(data, at, end)
-        return BAD if at > end else at + size
-    if wire_type == U1:
-        return BAD if end - at < U8 else at + U8
-    if wire_type == U5:
-        return BAD if end - at < U4 else at + U4
-    return BAD
-
-
-@_inner
-def _utf8(data: Bytes, at: UInt, end: UInt) -> bool:
-    """Whether these bytes are strict UTF-8, as proto3 demands of texts."""
-    while at < end:
-        left = end - at
-        word = _word(data, at)
-        if left < U8:
-            word &= (U1 << (left << U3)) - U1
-        if word & U(0x8080808080808080) == U0:
-            at += min(left, U8)
-            continue
-        first = data[at]
-        if first < 0x80:
-            at += U1
-            continue
-        more = U1 if first < 0xE0 else U2 if first < 0xF0 else U3
-        if first < 0xC2 or first > 0xF4 or left <= more:
-            return False
-        second = data[at + U1]
-        low, high = 0x80, 0xBF
-        if first == 0xE0:
-            low = 0xA0
-        elif first == 0xED:
-            high = 0x9F
-        elif first == 0xF0:
-            low = 0x90
-        elif first == 0xF4:
-            high = 0x8F
-        if second < low or second > high:
-            return False
-        for i in range(U2, more + U1):
-            if data[at + i] & 0xC0 != 0x80:
-                return False
-        at += more + U1
-    return True
-
-
-@_inner
-def _valid(data: Bytes, at: UInt, end: UInt, kind: UInt, schema: Schema) -> bool:
-    """Whether a message of this kind is plain and whole: known fields have their wire type, texts are UTF-8."""
-    depth = U0
-    while True:
-        while at == end:
-            if depth == U0:
-                return True
-            depth -= U1
-            end = schema.ends[depth]
-            kind = schema.kinds[depth]
-        tag, at = _tag(data, at, end)
-        if at > end:
-            return False
-        code = U(UNKNOWN)
-        if tag >> U3 < U(FIELDS_MAX):
-            code = U(schema.fields[kind, tag >> U3])
-        if code & U7 != U7 and code & U7 != tag & U7:
-            return False
-        if code < U8:
-            at = _skip(data, at, end, tag & U7)
-            if at > end:
-                return False
-            continue
-        size, at = _length(data, at, end)
-        if at > end:
-            return False
-        if code < U(16):
-            if not _utf8(data, at, at + size):
-                return False
-            at += size
-            continue
-        if depth == U(DEPTH_MAX):
-            return False
-        schema.ends[depth] = end
-        schema.kinds[depth] = kind
-        depth += U1
-        end = at + size
-        kind = (code >> U4) - U1
-
-
 # --- scan ----------------------------------------------------------------------------------------------------------
 
 
-@_kernel
+@kernel
 def _scan(
     data: Bytes,
     bounds: NDArray[np.uint64],
@@ -437,7 +170,7 @@ def _scan(
             out.used[ROWS], out.used[FRAMES], out.used[SCOPES], out.used[HITS] = before
 
 
-@_inner
+@inner
 def _is_json(data: Bytes, at: UInt, end: UInt) -> bool:
     """The rule of `wire` for values that begin with a newline, which is the tag of field 1, too."""
     while at < end and (data[at] == 0x0A or data[at] == 0x20 or data[at] == 0x09 or data[at] == 0x0D):
@@ -452,7 +185,7 @@ def _is_json(data: Bytes, at: UInt, end: UInt) -> bool:
     return bool(data[at] == 0x7D or (data[at] == 0x22 and at + U1 < end and data[at + U1] >= 0x20))
 
 
-@_inner
+@merged
 def _record(data: Bytes, at: UInt, end: UInt, record: UInt, out: Scan, keys: Keys, schema: Schema) -> bool:
     """Whether the whole record is plain; else what it left in the tables is void."""
     if _is_json(data, at, end):
@@ -460,28 +193,28 @@ def _record(data: Bytes, at: UInt, end: UInt, record: UInt, out: Scan, keys: Key
     bare = False  # a `ResourceSpans`: field 2 exists there only
     field = at
     while field < end:
-        tag, field = _tag(data, field, end)
+        tag, field = read_tag(data, field, end)
         if field > end or (tag >> U3 <= U2 and tag & U7 != U2):
             return False
         bare = bare or tag == U(0x12)
-        field = _skip(data, field, end, tag & U7)
+        field = skip(data, field, end, tag & U7)
         if field > end:
             return False
     if bare:
         return _resource_spans(data, at, end, record, out, keys, schema)
     while at < end:
-        tag, at = _tag(data, at, end)
+        tag, at = read_tag(data, at, end)
         if tag == U(0x0A):
-            size, at = _length(data, at, end)
+            size, at = read_length(data, at, end)
             if not _resource_spans(data, at, at + size, record, out, keys, schema):
                 return False
             at += size
         else:
-            at = _skip(data, at, end, tag & U7)
+            at = skip(data, at, end, tag & U7)
     return True
 
 
-@_inner
+@inner
 def _resource_spans(
     data: Bytes, at: UInt, end: UInt, record: UInt, out: Scan, keys: Keys, schema: Schema
 ) -> bool:
@@ -492,15 +225,15 @@ def _resource_spans(
     _clear(frame)
     has_resource = has_schema = False
     while at < end:
-        tag, at = _tag(data, at, end)
+        tag, at = read_tag(data, at, end)
         if at > end:
             return False
         if tag >> U3 > U3:
-            at = _skip(data, at, end, tag & U7)
+            at = skip(data, at, end, tag & U7)
             if at > end:
                 return False
             continue
-        size, at = _length(data, at, end)
+        size, at = read_length(data, at, end)
         if at > end or tag & U7 != U2:
             return False
         if tag == U(0x12):
@@ -509,13 +242,13 @@ def _resource_spans(
         elif tag == U(0x0A):
             if has_resource or size > U(VALUE_BYTES_MAX):
                 return False
-            if not _valid(data, at, at + size, RESOURCE_KIND, schema):
+            if not is_valid(data, at, at + size, RESOURCE_KIND, schema):
                 return False
             has_resource = True
             frame.at = np.uint32(at)
             frame.size = np.uint32(size)
         else:
-            if has_schema or not _utf8(data, at, at + size):
+            if has_schema or not is_utf8(data, at, at + size):
                 return False
             has_schema = True
             frame.schema_at = np.uint32(at)
@@ -528,7 +261,7 @@ def _resource_spans(
     return True
 
 
-@_inner
+@inner
 def _clear(frame: Any) -> None:
     frame.at = np.uint32(0)
     frame.size = np.uint32(0)
@@ -536,7 +269,7 @@ def _clear(frame: Any) -> None:
     frame.schema_size = np.uint32(0)
 
 
-@_pasted
+@merged
 def _scope_spans(
     data: Bytes, at: UInt, end: UInt, record: UInt, frame: UInt, out: Scan, keys: Keys, schema: Schema
 ) -> bool:
@@ -547,15 +280,15 @@ def _scope_spans(
     _clear(scope)
     has_scope = has_schema = False
     while at < end:
-        tag, at = _tag(data, at, end)
+        tag, at = read_tag(data, at, end)
         if at > end:
             return False
         if tag >> U3 > U3:
-            at = _skip(data, at, end, tag & U7)
+            at = skip(data, at, end, tag & U7)
             if at > end:
                 return False
             continue
-        size, at = _length(data, at, end)
+        size, at = read_length(data, at, end)
         if at > end or tag & U7 != U2:
             return False
         if tag == U(0x12):
@@ -567,13 +300,13 @@ def _scope_spans(
             row.scope = np.uint32(number)
             out.used[ROWS] += U1
         elif tag == U(0x0A):
-            if has_scope or not _valid(data, at, at + size, SCOPE_KIND, schema):
+            if has_scope or not is_valid(data, at, at + size, SCOPE_KIND, schema):
                 return False
             has_scope = True
             scope.at = np.uint32(at)
             scope.size = np.uint32(size)
         else:
-            if has_schema or not _utf8(data, at, at + size):
+            if has_schema or not is_utf8(data, at, at + size):
                 return False
             has_schema = True
             scope.schema_at = np.uint32(at)
@@ -586,7 +319,7 @@ def _scope_spans(
     return True
 
 
-@_pasted
+@pasted
 def _span(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: Schema) -> bool:
     """Writes the next row. Of a field that is there twice the last counts, as protobuf has it."""
     row = out.rows[out.used[ROWS]]
@@ -595,39 +328,39 @@ def _span(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: Schem
     trace_high = trace_low = span_id = status = U0
     root = True
     while at < end:
-        tag, at = _tag(data, at, end)
+        tag, at = read_tag(data, at, end)
         if at > end:
             return False
         if tag & U7 != U2:
             start = at
-            at = _skip(data, at, end, tag & U7)
+            at = skip(data, at, end, tag & U7)
             if at > end or not _is_wire_type(tag, schema):
                 return False
             if tag == U(0x39):
-                row.start_ns = _word(data, start)
+                row.start_ns = load_word(data, start)
             elif tag == U(0x41):
-                row.end_ns = _word(data, start)
+                row.end_ns = load_word(data, start)
             continue
-        size, at = _length(data, at, end)
+        size, at = read_length(data, at, end)
         if at > end:
             return False
         if tag == U(0x4A):
             if not _attribute(data, at, at + size, out, keys, schema):
                 return False
         elif tag == U(0x2A):
-            if not _utf8(data, at, at + size):
+            if not is_utf8(data, at, at + size):
                 return False
         elif tag == U(0x0A):
             if size != U(TRACE_ID_BYTES):
                 return False
-            trace_high = _word(data, at)
-            trace_low = _word(data, at + U8)
+            trace_high = load_word(data, at)
+            trace_low = load_word(data, at + U8)
         elif tag == U(0x12):
             if size != U(SPAN_ID_BYTES):
                 return False
-            span_id = _word(data, at)
+            span_id = load_word(data, at)
         elif tag == U(0x1A):
-            if not _utf8(data, at, at + size):
+            if not is_utf8(data, at, at + size):
                 return False
             stated = _states_randomness(data, at, at + size)
             row.state_at = np.uint32(at)
@@ -650,7 +383,7 @@ def _span(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: Schem
 ERROR_CODE = int(Status.STATUS_CODE_ERROR)
 
 
-@_inner
+@inner
 def _begin_row(row: Any, at: UInt, size: UInt) -> None:
     row.at = np.uint32(at)
     row.size = np.uint32(size)
@@ -663,7 +396,7 @@ def _begin_row(row: Any, at: UInt, size: UInt) -> None:
     row.state_size = np.uint32(0)
 
 
-@_inner
+@inner
 def _is_wire_type(tag: UInt, schema: Schema) -> bool:
     """False where it is a known field of a span with another wire type."""
     if tag >> U3 >= U(FIELDS_MAX):
@@ -672,7 +405,7 @@ def _is_wire_type(tag: UInt, schema: Schema) -> bool:
     return bool(code == U(UNKNOWN) or code == tag & U7)
 
 
-@_inner
+@inner
 def _is_valid_field(data: Bytes, at: UInt, end: UInt, tag: UInt, schema: Schema) -> bool:
     """Whether a delimited field of a span is unknown, or known as such and its content valid."""
     if tag >> U3 >= U(FIELDS_MAX):
@@ -683,13 +416,13 @@ def _is_valid_field(data: Bytes, at: UInt, end: UInt, tag: UInt, schema: Schema)
     if code & U7 != U2:
         return False
     if code >= U(16):
-        return _valid(data, at, end, (code >> U4) - U1, schema)
+        return is_valid(data, at, end, (code >> U4) - U1, schema)
     if code & U8:
-        return _utf8(data, at, end)
+        return is_utf8(data, at, end)
     return True
 
 
-@_inner
+@inner
 def _is_zero(data: Bytes, at: UInt, end: UInt) -> bool:
     while at < end:
         if data[at] != 0:
@@ -698,7 +431,7 @@ def _is_zero(data: Bytes, at: UInt, end: UInt) -> bool:
     return True
 
 
-@_inner
+@inner
 def _states_randomness(data: Bytes, at: UInt, end: UInt) -> bool:
     """Whether `rv:` stands somewhere in a tracestate; without it, no member can state a randomness."""
     while at + U2 < end:
@@ -708,17 +441,17 @@ def _states_randomness(data: Bytes, at: UInt, end: UInt) -> bool:
     return False
 
 
-@_inner
+@inner
 def _status(data: Bytes, at: UInt, end: UInt, code: UInt) -> UInt:
     """The code after this status has been merged into what was there before, or BAD."""
     while at < end:
-        tag, at = _tag(data, at, end)
+        tag, at = read_tag(data, at, end)
         if tag == U(0x18):
-            code, at = _varint(data, at, end)
+            code, at = read_varint(data, at, end)
             code &= U(0xFFFFFFFF)
         elif tag == U(0x12):
-            size, at = _length(data, at, end)
-            if at > end or not _utf8(data, at, at + size):
+            size, at = read_length(data, at, end)
+            if at > end or not is_utf8(data, at, at + size):
                 return BAD
             at += size
         else:
@@ -726,18 +459,18 @@ def _status(data: Bytes, at: UInt, end: UInt, code: UInt) -> UInt:
     return code if at == end else BAD
 
 
-@_pasted
+@pasted
 def _attribute(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: Schema) -> bool:
     """One attribute of the span that is being read; noted where a rule asks for its key."""
     key_at = key_size = value_at = value_size = U0
     has_key = has_value = False
     while at < end:
         tag = data[at]
-        size, at = _length(data, at + U1, end)
+        size, at = read_length(data, at + U1, end)
         if at > end:
             return False
         if tag == 0x0A and not has_key:
-            if not _utf8(data, at, at + size):
+            if not is_utf8(data, at, at + size):
                 return False
             has_key = True
             key_at = at
@@ -753,7 +486,7 @@ def _attribute(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: 
         at += size
     if keys.seen.size == 0:
         return True
-    key = _find_key(data, key_at, key_size, keys)
+    key = find_key(data, key_at, key_size, keys)
     if key == U(NONE) or keys.seen[key] == out.used[SERIAL]:
         return True
     if value_size > U(VALUE_BYTES_MAX):
@@ -768,58 +501,21 @@ def _attribute(data: Bytes, at: UInt, end: UInt, out: Scan, keys: Keys, schema: 
     return True
 
 
-@_pasted
+@pasted
 def _value(data: Bytes, at: UInt, end: UInt, schema: Schema) -> bool:
     """Whether an `AnyValue` is valid: quickly for one text or whole number, as most are."""
     if at == end:
         return True
     tag = data[at]
     if tag == 0x0A:
-        size, start = _length(data, at + U1, end)
+        size, start = read_length(data, at + U1, end)
         if start <= end and start + size == end:
-            return _utf8(data, start, end)
+            return is_utf8(data, start, end)
     elif tag == 0x18:
-        _, start = _varint(data, at + U1, end)
+        _, start = read_varint(data, at + U1, end)
         if start == end:
             return True
-    return _valid(data, at, end, VALUE_KIND, schema)
-
-
-@_pasted
-def _find_key(data: Bytes, at: UInt, size: UInt, keys: Keys) -> UInt:
-    """The number of a wanted key, or NONE."""
-    if size == U0:
-        return U(NONE)
-    key = keys.heads[_key_hash(data, at, size)]
-    while key != NONE:
-        start = keys.at[key]
-        if keys.at[key + U1] - start == size and _is_equal(data, at, keys.text, start, size):
-            break
-        key = keys.links[key]
-    return U(key)
-
-
-@_inner
-def _key_hash(data: Bytes, at: UInt, size: UInt) -> UInt:
-    middle, last = U(data[at + (size >> U1)]), U(data[at + size - U1])
-    return (size * U(31) + U(data[at]) * U7 + middle * U(13) + last * U3) % U(KEY_HEADS)
-
-
-KEY_HEADS = 256
-
-
-@_inner
-def _is_equal(one: Bytes, at: UInt, other: Bytes, start: UInt, size: UInt) -> bool:
-    """Whether `size` bytes are the same; eight more must be there behind both."""
-    done = U0
-    while done + U8 <= size:
-        if _word(one, at + done) != _word(other, start + done):
-            return False
-        done += U8
-    if done == size:
-        return True
-    rest = (U1 << ((size - done) << U3)) - U1
-    return bool((_word(one, at + done) ^ _word(other, start + done)) & rest == U0)
+    return is_valid(data, at, end, VALUE_KIND, schema)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------
@@ -834,51 +530,26 @@ class Values(NamedTuple):
     text: Bytes
 
 
-@_kernel
-def _chain(keys: Keys) -> None:
-    for key in range(U(keys.links.size)):
-        hashed = _key_hash(keys.text, keys.at[key], keys.at[key + U1] - keys.at[key])
-        keys.links[key] = keys.heads[hashed]
-        keys.heads[hashed] = np.uint32(key)
-
-
-@_inner
-def _mix(state: UInt, word: UInt) -> UInt:
-    state = (state ^ word) * U(0x9E3779B97F4A7C15)
-    return state ^ (state >> U(32))
-
-
-@_inner
-def _hash(data: Bytes, at: UInt, size: UInt, state: UInt) -> UInt:
-    end = at + size
-    while end - at >= U8:
-        state = _mix(state, _word(data, at))
-        at += U8
-    if at < end:
-        state = _mix(state, _word(data, at) & ((U1 << ((end - at) << U3)) - U1))
-    return _mix(state, size)
-
-
-@_kernel
+@kernel
 def _look_up(data: Bytes, hits: Table, start: UInt, seed: UInt, values: Values) -> UInt:
     """Gives the hits from `start` on their entry, a new one where needed. Returns where the table was full."""
     last_slot = U(values.slots.size) - U1
     for i in range(start, U(hits.size)):
         hit = hits[i]
         at, size = U(hit.at), U(hit.size)
-        hashed = _hash(data, at, size, _mix(seed, U(hit.key)))
+        hashed = hash_bytes(data, at, size, mix(seed, U(hit.key)))
         slot = hashed & last_slot
         while values.slots[slot] != 0:
             entry = values.entries[values.slots[slot] - U1]
             same = entry.hash == hashed and entry.key == hit.key and entry.size == hit.size
-            if same and _is_equal(data, at, values.text, U(entry.at), size):
+            if same and is_equal(data, at, values.text, U(entry.at), size):
                 break
             slot = (slot + U1) & last_slot
         if values.slots[slot] == 0:
             number, used = values.used[U0], values.used[U1]
             if number == U(values.entries.size) or used + size + U8 > U(values.text.size):
                 return i
-            _copy(values.text, used, data, at, size)
+            copy_bytes(values.text, used, data, at, size)
             entry = values.entries[number]
             entry.hash = hashed
             entry.key = hit.key
@@ -891,7 +562,7 @@ def _look_up(data: Bytes, hits: Table, start: UInt, seed: UInt, values: Values) 
     return U(hits.size)
 
 
-@_kernel
+@kernel
 def _set_masks(
     rows: Table, resources: Table, hits: Table, absent: NDArray[np.uint64], found: NDArray[np.uint64]
 ) -> None:
@@ -921,7 +592,7 @@ class Groups(NamedTuple):
     starts: NDArray[np.uint64]
 
 
-@_kernel
+@kernel
 def _group(
     rows: Table,
     stamps: NDArray[np.int64],
@@ -935,7 +606,7 @@ def _group(
     last_slot = U(slots.size) - U1
     for i in range(U(rows.size)):
         row = rows[i]
-        slot = _mix(_mix(seed, row.trace_high), row.trace_low) & last_slot
+        slot = mix(mix(seed, row.trace_high), row.trace_low) & last_slot
         while slots[slot] != 0:
             first = rows[groups.order[slots[slot] - U1]]
             if first.trace_high == row.trace_high and first.trace_low == row.trace_low:
@@ -963,7 +634,7 @@ def _group(
     return traces
 
 
-@_inner
+@inner
 def _begin_facts(facts: Any, row: Any, stamp: UInt) -> None:
     facts.log_time_ms = stamp
     facts.start_ns = U(NO_START)
@@ -973,7 +644,7 @@ def _begin_facts(facts: Any, row: Any, stamp: UInt) -> None:
     facts.randomness = low
 
 
-@_inner
+@inner
 def _sum_up(facts: Any, row: Any, stamp: UInt) -> None:
     newest = max(facts.log_time_ms + np.int64(facts.log_span_ms), stamp)
     facts.log_time_ms = min(facts.log_time_ms, stamp)
@@ -1007,7 +678,7 @@ class Names(NamedTuple):
     ends: NDArray[np.uint64]
 
 
-@_inner
+@inner
 def _varint_size(value: UInt) -> UInt:
     size = U1
     while value > U(0x7F):
@@ -1016,7 +687,7 @@ def _varint_size(value: UInt) -> UInt:
     return size
 
 
-@_inner
+@inner
 def _put_varint(out: Bytes, at: UInt, value: UInt) -> UInt:
     while value > U(0x7F):
         out[at] = np.uint8(value & U(0x7F) | U(0x80))
@@ -1026,30 +697,30 @@ def _put_varint(out: Bytes, at: UInt, value: UInt) -> UInt:
     return at + U1
 
 
-@_inner
+@inner
 def _delimited_size(size: UInt) -> UInt:
     return U1 + _varint_size(size) + size
 
 
-@_inner
+@inner
 def _optional_size(size: UInt) -> UInt:
     return _delimited_size(size) if size != U0 else U0
 
 
-@_inner
+@inner
 def _put_head(out: Bytes, at: UInt, number: UInt, size: UInt) -> UInt:
     out[at] = np.uint8(number << U3 | U2)
     return _put_varint(out, at + U1, size)
 
 
-@_inner
+@inner
 def _put_optional(out: Bytes, at: UInt, number: UInt, data: Bytes, start: UInt, size: UInt) -> UInt:
     if size == U0:
         return at
-    return _copy(out, _put_head(out, at, number, size), data, start, size)
+    return copy_bytes(out, _put_head(out, at, number, size), data, start, size)
 
 
-@_kernel
+@kernel
 def _encode_origins(
     rows: Table, groups: Groups, partitions: NDArray[np.uint64], offsets: NDArray[np.uint64], names: Names
 ) -> None:
@@ -1082,7 +753,7 @@ def _encode_origins(
         names.ends[t] = at
 
 
-@_kernel
+@kernel
 def _measure(rows: Table, groups: Groups, scan: Scan, sizes: Sizes) -> None:
     order = groups.order
     for t in range(U(sizes.payloads.size)):
@@ -1112,7 +783,7 @@ def _measure(rows: Table, groups: Groups, scan: Scan, sizes: Sizes) -> None:
         sizes.payloads[t] = payload
 
 
-@_kernel
+@kernel
 def _pack(
     data: Bytes,
     rows: Table,
@@ -1127,15 +798,15 @@ def _pack(
     order, facts_bytes = groups.order, U(names.facts.size) // U(payload_at.size)
     at = origins_at = U0
     for t in range(U(payload_at.size)):
-        at = _copy(out, at, names.facts, t * facts_bytes, facts_bytes)
-        at = _copy(out, at, names.origins, origins_at, names.ends[t] - origins_at)
+        at = copy_bytes(out, at, names.facts, t * facts_bytes, facts_bytes)
+        at = copy_bytes(out, at, names.origins, origins_at, names.ends[t] - origins_at)
         origins_at = names.ends[t]
         payload_at[t] = np.int64(at)
         p, stop = groups.starts[t], groups.starts[t + U1]
         while p < stop:
             row = rows[order[p]]
             if row.frame == NONE:
-                at = _copy(out, at, data, U(row.at), U(row.size))
+                at = copy_bytes(out, at, data, U(row.at), U(row.size))
                 p += U1
                 continue
             frame = scan.frames[row.frame]
@@ -1148,7 +819,7 @@ def _pack(
                 at = _put_optional(out, at, U1, data, U(scope.at), U(scope.size))
                 while p < stop and rows[order[p]].scope == scope_number:
                     span = rows[order[p]]
-                    at = _copy(out, _put_head(out, at, U2, U(span.size)), data, U(span.at), U(span.size))
+                    at = copy_bytes(out, _put_head(out, at, U2, U(span.size)), data, U(span.at), U(span.size))
                     p += U1
                 at = _put_optional(out, at, U3, data, U(scope.schema_at), U(scope.schema_size))
             at = _put_optional(out, at, U3, data, U(frame.schema_at), U(frame.schema_size))
@@ -1173,7 +844,7 @@ class _Judge:
             for key in dict.fromkeys(m.key for m in match.span):
                 asked.setdefault(key, []).append((bit, [m for m in match.span if m.key == key]))
         self._asked = list(asked.items())
-        self.keys = _keys(list(asked))
+        self.keys = make_keys(list(asked))
         self._absent = np.array([self._value_mask(key, {}) for key in range(len(asked))], np.uint64)
         self._values = Values(
             used=np.zeros(2, np.uint64),
@@ -1246,25 +917,6 @@ def _short_text(encoded: bytes) -> str | None:
     return encoded[2:].decode() if plain else None
 
 
-def _keys(names: Sequence[str]) -> Keys:
-    # A lone surrogate is no UTF-8: such a key is never found, here as in the twin.
-    texts = [name.encode("utf-8", "surrogatepass") for name in names]
-    keys = Keys(
-        heads=np.full(KEY_HEADS, NONE, np.uint32),
-        links=np.full(len(texts), NONE, np.uint32),
-        at=np.cumsum([0, *map(len, texts)]).astype(np.uint64),
-        text=_padded(texts),
-        seen=np.zeros(len(texts), np.uint64),
-    )
-    _chain(keys)
-    return keys
-
-
-def _padded(parts: Sequence[bytes]) -> Bytes:
-    """The parts end to end, and room to read a word that begins at the last byte."""
-    return np.frombuffer(b"".join([*parts, bytes(8)]), np.uint8)
-
-
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
@@ -1335,7 +987,7 @@ class Decoder:
             return wire.decode(records, rules)
         if rules.version != self._judge.version:
             self._judge = _Judge(rules)
-        data = _padded(values)
+        data = padded(values)
         plain = np.zeros(len(values), np.bool_)
         scan = self._tables(len(data))
         _scan(data, bounds, U(COPIES_BYTES_MAX), plain, scan, self._judge.keys, self._schema)
@@ -1436,7 +1088,7 @@ def _joined(rows: Table, data: Bytes, odd: _Odd) -> tuple[Table, Bytes]:
         part["at"] += np.uint32(len(data))
     rows = np.concatenate([rows, *odd.rows])
     rows = rows[np.argsort(rows["record"], kind="stable")]
-    return rows, _padded([data.tobytes(), *odd.payloads])
+    return rows, padded([data.tobytes(), *odd.payloads])
 
 
 def decode(records: Sequence[Record], rules: RuleSet) -> Decoded:
@@ -1444,13 +1096,11 @@ def decode(records: Sequence[Record], rules: RuleSet) -> Decoded:
     return Decoder().decode(records, rules)
 
 
-def warm_up() -> int:
-    """Loads all kernels from the cache on disk, or compiles them; returns how many had to be compiled."""
-    compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
+def warm_up() -> None:
+    """Loads all kernels from the cache on disk, or compiles them."""
     now = datetime(2000, 1, 1, tzinfo=UTC)
     matcher = {"key": "k", "op": "exists"}
     rule = {"id": "any", "match": {"span": [matcher]}, "created_at": now, "expires_at": now}
     span = Span(trace_id=b"1" * TRACE_ID_BYTES, span_id=b"1" * SPAN_ID_BYTES, attributes=[KeyValue(key="k")])
     value = TracesData(resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=[span])])])
     decode([Record(0, 0, 0, value.SerializeToString())], RuleSet([ForceRule.model_validate(rule)]))
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS) - compiled

@@ -5,49 +5,31 @@ writing them would be a third of what a decision costs. The twin in `model` says
 this module does not understand goes to it, and fails there.
 
 Every index is checked against the size of what it points into, by the loops themselves or by `_digits`. Numbers that
-address memory are unsigned 64-bit, for the reason given in `kernels`.
+address memory are unsigned 64-bit, for the reason given in `native`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from tss import model
 from tss.model import FACTS, Claimed
+from tss.native import U0, U1, U7, U, UInt, inner, kernel
 
-Compiled = TypeVar("Compiled", bound=Callable[..., Any])
-U: Any = np.uint64
-UInt: TypeAlias = Any  # an np.uint64
 Numbers = NDArray[np.uint64]
 
 ORIGIN_BYTES_MIN = 2  # a distance and a number of spans
 TEXT_BYTES_MAX = (
     44  # of an origin: a partition and an offset of up to 20 digits, and a sign before or after each
 )
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-
-KERNELS: list[Any] = []
-
-U0, U1, U7 = U(0), U(1), U(7)
 COLON, COMMA, DASH, SEMICOLON, ZERO = (U(ord(sign)) for sign in ":,-;0")
 
 
-def _kernel(function: Compiled) -> Compiled:
-    kernel = numba.njit(cache=True, **OPTIONS)(function)
-    KERNELS.append(kernel)
-    return cast("Compiled", kernel)
-
-
-def _inner(function: Compiled) -> Compiled:
-    return cast("Compiled", numba.njit(**OPTIONS)(function))
-
-
-@_inner
+@inner
 def _read(
     data: NDArray[np.uint8], at: UInt, end: UInt, partitions: Numbers, offsets: Numbers, n: UInt
 ) -> UInt:
@@ -82,20 +64,20 @@ def _read(
     return n if place == U0 and shift == U0 else U0
 
 
-@_inner
+@inner
 def _is_before(partitions: Numbers, offsets: Numbers, a: UInt, b: UInt) -> bool:
     if partitions[a] != partitions[b]:
         return bool(partitions[a] < partitions[b])
     return bool(offsets[a] < offsets[b])
 
 
-@_inner
+@inner
 def _swap(partitions: Numbers, offsets: Numbers, a: UInt, b: UInt) -> None:
     partitions[a], partitions[b] = partitions[b], partitions[a]
     offsets[a], offsets[b] = offsets[b], offsets[a]
 
 
-@_inner
+@inner
 def _sink(partitions: Numbers, offsets: Numbers, at: UInt, n: UInt) -> None:
     while True:
         child = at + at + U1
@@ -109,7 +91,7 @@ def _sink(partitions: Numbers, offsets: Numbers, at: UInt, n: UInt) -> None:
         at = child
 
 
-@_inner
+@inner
 def _sort(partitions: Numbers, offsets: Numbers, n: UInt) -> None:
     """The first `n` pairs, ascending: a heap sort, as it needs no room and is never slow."""
     for i in range(U1, n):
@@ -124,7 +106,7 @@ def _sort(partitions: Numbers, offsets: Numbers, n: UInt) -> None:
         _sink(partitions, offsets, U0, U(i))
 
 
-@_inner
+@inner
 def _digits(out: NDArray[np.uint8], at: UInt, value: UInt) -> UInt:
     size = U1
     rest = value // U(10)
@@ -139,7 +121,7 @@ def _digits(out: NDArray[np.uint8], at: UInt, value: UInt) -> UInt:
     return at + size
 
 
-@_inner
+@inner
 def _write(partitions: Numbers, offsets: Numbers, n: UInt, out: NDArray[np.uint8], at: UInt) -> UInt:
     """As `model.format_records` does; each sign written has room, as `_digits` leaves some."""
     i = U0
@@ -163,7 +145,7 @@ def _write(partitions: Numbers, offsets: Numbers, n: UInt, out: NDArray[np.uint8
     return at
 
 
-@_kernel
+@kernel
 def _list_records(
     data: NDArray[np.uint8],
     names: Numbers,
@@ -229,8 +211,6 @@ def _bounds(sizes: Any, count: int) -> Numbers:
     return bounds
 
 
-def warm_up() -> int:
-    """Loads the kernel from the cache on disk, or compiles it; returns how many had to be compiled."""
-    compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
+def warm_up() -> None:
+    """Loads the kernel from the cache on disk, or compiles it."""
     list_records([])
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS) - compiled

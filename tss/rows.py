@@ -4,7 +4,7 @@ A trace is written from its chunks, minus the records that landed before and the
 two chunks: both are cut by the (partition, offset) each span came from. Within what is left, a span whose bytes come
 twice was sent twice by its producer and is written once.
 
-Pure. Compiled gathers are to fill `span_table`; this stays their oracle.
+Pure. `gather` fills `span_table` by compiled kernels; this stays their oracle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
@@ -38,19 +38,20 @@ from tss.wire import any_value, resource_frames
 ATTRIBUTES_MAX = 1024  # a map; more are counted in the dropped count. SDKs stop at 128 by default
 VALUE_CHARS_MAX = 65_536  # an attribute value, about the largest stack trace worth reading
 EVENTS_MAX = 1024  # events or links a span; more are counted as dropped
+INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 UNKNOWN_SERVICE = "unknown_service"  # what OpenTelemetry prescribes where service.name is absent
 
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 STATUSES = ("UNSET", "OK", "ERROR")
 
-_STRINGS: Any = pa.map_(pa.string(), pa.string())
+STRINGS: Any = pa.map_(pa.string(), pa.string())
 _MICROS: Any = pa.timestamp("us", "UTC")
 _EVENT: Any = pa.struct(
     [
         ("time_unix_nano", pa.int64()),
         ("name", pa.string()),
-        ("attributes", _STRINGS),
+        ("attributes", STRINGS),
         ("dropped_attributes_count", pa.int32()),
     ]
 )
@@ -59,7 +60,7 @@ _LINK: Any = pa.struct(
         ("trace_id", pa.string()),
         ("span_id", pa.string()),
         ("trace_state", pa.string()),
-        ("attributes", _STRINGS),
+        ("attributes", STRINGS),
         ("flags", pa.int32()),
     ]
 )
@@ -96,11 +97,11 @@ SPANS = pa.schema(
         ("duration_ns", pa.int64()),
         ("status_code_string", pa.string()),
         ("status_message", pa.string()),
-        ("attributes", _STRINGS),
-        ("resource_attributes", _STRINGS),
+        ("attributes", STRINGS),
+        ("resource_attributes", STRINGS),
         ("scope_name", pa.string()),
         ("scope_version", pa.string()),
-        ("scope_attributes", _STRINGS),
+        ("scope_attributes", STRINGS),
         *((name, pa.string()) for name in PROMOTED),
         ("events", pa.list_(_EVENT)),
         ("links", pa.list_(_LINK)),
@@ -147,6 +148,9 @@ class Cut:
     records: str
     spans: int
     duplicates: int
+
+
+KeptTrace: TypeAlias = tuple[bytes, Verdict, bool, Cut]  # trace id, verdict, late, what of it is written
 
 
 class Decision(NamedTuple):
@@ -217,19 +221,23 @@ def decision_table(
     return _filled(columns, DECISIONS)
 
 
-def span_table(
-    traces: Iterable[tuple[bytes, Verdict, bool, Cut]], decided_at: datetime
-) -> tuple[pa.Table, int]:
-    """One row a span of (trace id, verdict, late, cut); also how many were left out as sent twice."""
+def in_order(traces: Iterable[KeptTrace]) -> list[KeptTrace]:
+    """By trace id, as the tables are sorted."""
+    return sorted(traces, key=lambda trace: trace[0])
+
+
+def span_table(traces: Iterable[KeptTrace], decided_at: datetime) -> tuple[pa.Table, int]:
+    """One row a span, by trace id and start; also how many were left out as sent twice."""
     rows: list[tuple[Any, ...]] = []
     repeated = 0
-    for trace_id, verdict, late, pieces in traces:
+    for trace_id, verdict, late, pieces in in_order(traces):
         written: set[bytes] = set()
+        found: list[tuple[int, tuple[Any, ...]]] = []
         for payload, take in pieces.payloads:
             index = -1
             for frame in resource_frames(payload):
                 resource = Resource.FromString(frame.resource)
-                resource_map, _ = _strings(resource.attributes)
+                resource_map, _ = attribute_texts(resource.attributes)
                 service = next((v for k, v in resource_map if k == "service.name"), UNKNOWN_SERVICE)
                 for scope in frame.scopes:
                     about = InstrumentationScope.FromString(scope.scope)
@@ -237,7 +245,7 @@ def span_table(
                         resource_map,
                         about.name or None,
                         about.version or None,
-                        _strings(about.attributes)[0],
+                        attribute_texts(about.attributes)[0],
                     )
                     for raw in scope.spans:
                         index += 1
@@ -248,7 +256,10 @@ def span_table(
                             continue
                         written.add(raw)
                         decided = (verdict, decided_at, late)
-                        rows.append(_span_row(trace_id, Span.FromString(raw), service, context, decided))
+                        span = Span.FromString(raw)
+                        row = _span_row(trace_id, span, service, context, decided)
+                        found.append((span.start_time_unix_nano, row))
+        rows += [row for _, row in sorted(found, key=lambda one: one[0])]
     return _table(rows, SPANS), repeated
 
 
@@ -261,12 +272,12 @@ def _span_row(
 ) -> tuple[Any, ...]:
     resource_map, scope_name, scope_version, scope_map = context
     verdict, decided_at, late = decided
-    attributes, dropped = _strings(span.attributes)
+    attributes, dropped = attribute_texts(span.attributes)
     by_key = dict(attributes)
     for event in span.events[:EVENTS_MAX]:
         for pair in event.attributes if event.name == "exception" else ():
             if pair.key == "exception.type":
-                by_key.setdefault(pair.key, _text(pair.value))
+                by_key.setdefault(pair.key, value_text(pair.value))
     events = [_event_row(event) for event in span.events[:EVENTS_MAX]]
     links = [_link_row(link) for link in span.links[:EVENTS_MAX]]
     start, end = span.start_time_unix_nano, span.end_time_unix_nano
@@ -315,12 +326,12 @@ def _span_row(
 
 
 def _event_row(event: Span.Event) -> dict[str, Any]:
-    attributes, dropped = _strings(event.attributes)
+    attributes, dropped = attribute_texts(event.attributes)
     return {
         "time_unix_nano": min(event.time_unix_nano, INT64_MAX),
         "name": event.name,
         "attributes": attributes,
-        "dropped_attributes_count": min(event.dropped_attributes_count + dropped, (1 << 31) - 1),
+        "dropped_attributes_count": min(event.dropped_attributes_count + dropped, INT32_MAX),
     }
 
 
@@ -329,20 +340,20 @@ def _link_row(link: Span.Link) -> dict[str, Any]:
         "trace_id": link.trace_id[:TRACE_ID_BYTES].hex(),
         "span_id": link.span_id[:SPAN_ID_BYTES].hex(),
         "trace_state": link.trace_state or None,
-        "attributes": _strings(link.attributes)[0],
+        "attributes": attribute_texts(link.attributes)[0],
         "flags": link.flags & 0x7FFFFFFF,
     }
 
 
-def _strings(pairs: Sequence[KeyValue]) -> tuple[list[tuple[str, str]], int]:
+def attribute_texts(pairs: Sequence[KeyValue]) -> tuple[list[tuple[str, str]], int]:
     """Attributes as text, first of duplicate keys, and how many were cut off."""
     out: dict[str, str] = {}
     for pair in pairs[:ATTRIBUTES_MAX]:
-        out.setdefault(pair.key, _text(pair.value))
+        out.setdefault(pair.key, value_text(pair.value))
     return list(out.items()), max(0, len(pairs) - ATTRIBUTES_MAX)
 
 
-def _text(value: AnyValue) -> str:
+def value_text(value: AnyValue) -> str:
     """A string as it is, bytes as base64, everything else as JSON."""
     plain = any_value(value)
     if isinstance(plain, str):

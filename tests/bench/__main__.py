@@ -1,4 +1,4 @@
-"""python -m tests.bench: what tss costs on this machine, from Kafka to the table; `decode`: what its kernels cost."""
+"""python -m tests.bench: what tss costs on this machine, from Kafka to the table; `decode`, `gather`: what its kernels cost."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.bench import decode, path, report
+from tests.bench import decode, gather, path, report
 from tests.bench.generate import LAYOUTS
 from tests.bench.outside import real
 from tests.bench.path import Case, Plan
 from tests.bench.report import BASELINE, README, Report
 
-DECODE_RUNS = 7
+KERNEL_RUNS = 7
 PATH_RUNS = 3
 SPANS = 1_000_000
 KEPT_PERCENTS = (0, 10, 100)
@@ -44,10 +44,11 @@ def main(arguments: list[str]) -> None:
     whole.add_argument(
         "--baseline", action="store_true", help="write tests/bench/baseline.json and README's table"
     )
-    kernels = parts.add_parser("decode", help="kernels against their slow twin")
-    kernels.add_argument(
-        "--runs", type=int, default=DECODE_RUNS, help=f"of each figure (default: {DECODE_RUNS})"
-    )
+    for name, what in (("decode", "records to chunks"), ("gather", "chunks to the table of spans")):
+        kernels = parts.add_parser(name, help=f"kernels against their slow twin: {what}")
+        kernels.add_argument(
+            "--runs", type=int, default=KERNEL_RUNS, help=f"of each figure (default: {KERNEL_RUNS})"
+        )
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["path", *arguments]
     options = parser.parse_args(arguments)
@@ -55,10 +56,11 @@ def main(arguments: list[str]) -> None:
         _path(options)
         return
     versions = " ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("numba", "llvmlite", "numpy", "protobuf")
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("numba", "llvmlite", "numpy", "protobuf", "pyarrow")
     )
     print(f"{report.machine()}; Python {platform.python_version()}; {versions}")
-    decode.main(options.runs)
+    (decode if options.part == "decode" else gather).main(options.runs)
 
 
 def _path(options: argparse.Namespace) -> None:

@@ -52,7 +52,6 @@ SEAMS: tuple[tuple[Any, str, str], ...] = (
     (Writer, "step", DECIDE),
     *((Buffer, name, CLAIM) for name in ("claim", "facts", "record", "payloads", "wait_durable", "release")),
     (decide, "decision_table", ARROW),
-    (decide, "span_table", ARROW),
     (Sink, "upload", PARQUET),
     (Sink, "commit", COMMIT),
 )
@@ -106,7 +105,11 @@ class Run:
         self._redis_before = self._redis_seconds()
         self._before = self._stages.moment()
         self._reading.set()
-        return replace(loaded, decode=self._stages.timed(DECODE, loaded.decode))
+        return replace(
+            loaded,
+            decode=self._stages.timed(DECODE, loaded.decode),
+            span_table=self._stages.timed(ARROW, loaded.span_table),
+        )
 
     def _redis_seconds(self) -> float:
         return cpu_seconds(Path(f"/proc/{self._order.redis_pid}"), with_children=True)

@@ -64,7 +64,7 @@ class App(Section):
     shutdown_timeout_secs: float = Field(30, gt=0, description="time to finish and leave after SIGTERM")
     kernels: Annotated[Literal["numba", "python"], Lowercase] = Field(
         "numba",
-        description="decoding: compiled, or the same in plain Python, some thirty times slower, to debug",
+        description="the hot path: compiled, or the same in plain Python, some thirty times slower, to debug",
     )
     instance_id: str = Field(
         default_factory=socket.gethostname,
