@@ -953,7 +953,10 @@ class Buffer:
         self._all({s: [("DEL", *(_tag(s) + name for name in names))] for s in range(self._shards)})
 
     def remember(self, verdicts: Sequence[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
-        """Verdicts read back from the tables: (trace, verdict, coded records that landed or None). Kept wins."""
+        """Verdicts read back from the tables: (trace, verdict, coded records that landed or None). Kept wins.
+
+        One MULTI a shard: who dies in the middle would leave a verdict without an expiry.
+        """
         commands: dict[int, list[Command]] = {}
         now_ms = self._clock.now().wall_ms
         shards = self._shards_of([trace_id for trace_id, _, _ in verdicts])
@@ -964,7 +967,7 @@ class Buffer:
             if origins is not None:
                 mine.append(("HSET", key, b"r" + origins, now_ms))
             mine.append(("PEXPIRE", key, int(ttl_secs * 1000)))
-        self._all(commands)
+        self._all({shard: [("MULTI",), *mine, ("EXEC",)] for shard, mine in commands.items()})
 
     def set_epoch(self, epoch: str) -> bool:
         """Sets it on every shard, if the proposal still stands."""
