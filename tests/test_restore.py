@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ T0_MS = 1_760_000_000_000
 TTL_SECS = 100.0
 LEASE_SECS = 60.0
 TIMERS = Timers(inactivity_ms=1_000, root_wait_ms=None, max_duration_ms=60_000, stall_ms=300_000)
-DECIDED_AT = datetime(2026, 11, 21, tzinfo=UTC)
+DECIDED_AT = datetime(2025, 10, 9, tzinfo=UTC)
 
 KEEP = Verdict(True, "error", "", 1.0, Trigger.INACTIVITY, 7)
 DROP = Verdict(False, "not_sampled", "", 0.0, Trigger.INACTIVITY, 7)
@@ -96,13 +96,19 @@ class Process:
         return recorded
 
     def land_decision(
-        self, sequence: int, trace: int, verdict: Verdict, *offsets: int, log_ms: int = T0_MS
+        self,
+        sequence: int,
+        trace: int,
+        verdict: Verdict,
+        *offsets: int,
+        log_ms: int = T0_MS,
+        decided_at: datetime = DECIDED_AT,
     ) -> bool:
         records = format_records((0, offset) for offset in offsets)
         decision = Decision(
             trace_id(trace), verdict, verdict.trigger, False, 1, True, NO_START, 0.0, log_ms, records
         )
-        rows = decision_table([decision], DECIDED_AT, self.writer, sequence)
+        rows = decision_table([decision], decided_at, self.writer, sequence)
         return self.sink.commit(self.sink.upload("decisions", rows), self.writer, sequence, self.epoch)
 
     def land_spans(self, sequence: int) -> bool:
@@ -238,8 +244,23 @@ def test_only_what_can_come_again_is_read(start: Callable[[str], Process], behin
     behind.flushall()
     start("w2").settle(low_ms=T0_MS + int(TTL_SECS * 1000))
     (remembered,) = behind.scan_iter("*:d:*")
-    assert remembered.endswith(trace_id(2))
+    assert remembered.endswith(trace_id(2)), "decided long ago, too"
     assert 0 < behind.pttl(remembered) <= TTL_SECS * 1000
+
+
+def test_what_was_decided_lately_is_remembered(start: Callable[[str], Process], behind: Any) -> None:
+    """In a backlog records are old, but their trace's verdict is not: late spans still find it after a wipe."""
+    one = start("w1")
+    one.settle()
+    now = datetime.now(UTC)
+    ages_secs = {1: TTL_SECS * 2, 2: TTL_SECS / 2}
+    for trace, age_secs in ages_secs.items():
+        decided_at = now - timedelta(seconds=age_secs)
+        one.land_decision(trace, trace, DROP, trace, log_ms=T0_MS, decided_at=decided_at)
+    behind.flushall()
+    start("w2").settle(low_ms=T0_MS + int(TTL_SECS * 5000))
+    (remembered,) = behind.scan_iter("*:d:*")
+    assert remembered.endswith(trace_id(2))
 
 
 def test_a_group_that_read_nothing_remembers_nothing(start: Callable[[str], Process], behind: Any) -> None:

@@ -229,8 +229,8 @@ def test_a_lost_epoch_lands_nothing(place: Place) -> None:
     assert (place.count("spans"), place.count("decisions")) == (2, 0)
 
 
-def test_decisions_are_read_back_by_log_time(place: Place) -> None:
-    """Rows whose newest record is of that time or later, with everything that a restore needs."""
+def test_decisions_are_read_back_by_either_time(place: Place) -> None:
+    """Rows whose newest record is of that time or later, or that were decided since, with all that a restore needs."""
 
     def body(tables: Tables) -> None:
         for sequence, ago_ms in enumerate((5000, 1000, 0), start=1):
@@ -240,9 +240,10 @@ def test_decisions_are_read_back_by_log_time(place: Place) -> None:
                 decisions(sequence, last_log_ms=T0_MS - ago_ms, sequence=sequence),
                 sequence,
             )
-        rows = [row for batch in tables.decisions_since(T0_MS - 1000) for row in batch.to_pylist()]
+        rows = [row for batch in tables.decisions_since(T0_MS - 1000, T0_MS + 1) for row in batch.to_pylist()]
         assert sorted(row["sequence"] for row in rows) == [2, 3]
         assert {row["records"] for row in rows} == {"0:2", "0:3"}
+        assert sum(batch.num_rows for batch in tables.decisions_since(T0_MS + 1, T0_MS)) == 3
 
     place.run(body)
 

@@ -606,7 +606,7 @@ def test_our_endpoint_wins(stack: Stack, remote_signing: bool) -> None:
         assert land(sink, "s1")
         assert sink.commit(sink.upload("decisions", decisions(1)), "w", 1, EPOCH)
         assert place.span_ids() == ["s1"]
-        assert [batch.num_rows for batch in sink.decisions_since(0)] == [1]
+        assert [batch.num_rows for batch in sink.decisions_since(0, 0)] == [1]
         assert sink.s3 is not None
         assert sink.s3.endpoint == stack.minio.url
         config_asked, *others = proxy.requests
@@ -673,10 +673,10 @@ def test_decisions_are_found_by_log_time(place: Place) -> None:
     for sequence, late_ms in enumerate((0, 1, 1000), start=1):
         rows = decisions(sequence, last_log_ms=T0_MS + late_ms, sequence=sequence)
         assert sink.commit(sink.upload("decisions", rows), "w", sequence, EPOCH)
-    found = pa.Table.from_batches(sink.decisions_since(T0_MS + 1))
+    found = pa.Table.from_batches(sink.decisions_since(T0_MS + 1, T0_MS + 1))
     assert set(found["sequence"].to_pylist()) == {2, 3}
     assert set(found["records"].to_pylist()) == {"0:2", "0:3"}
-    assert list(sink.decisions_since(T0_MS + 5000)) == []
+    assert list(sink.decisions_since(T0_MS + 5000, T0_MS + 1)) == []
 
 
 # --- what others read --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tss.buffer import Buffer
 from tss.clock import SYSTEM
 from tss.errors import LinkLost
-from tss.model import Origin, Trigger, Verdict, encode_origins, epoch_name, parse_records
+from tss.model import Origin, Trigger, Verdict, encode_origins, epoch_born_ms, epoch_name, parse_records
 from tss.sink import Kind
 
 log = logging.getLogger("tss")
@@ -36,7 +36,7 @@ class Memory(Protocol):
 
     def landed(self, kind: Kind) -> dict[str, int]: ...
 
-    def decisions_since(self, log_time_ms: int) -> Iterator[pa.RecordBatch]: ...
+    def decisions_since(self, log_time_ms: int, decided_ms: int) -> Iterator[pa.RecordBatch]: ...
 
 
 def is_current(buffer: Buffer, sink: Memory) -> bool:
@@ -60,8 +60,10 @@ def restore(
     count = 0
     if low_ms is not None:
         landed = sink.landed("spans")
-        since = max(0, low_ms - int(ttl_secs * 1000))
-        for batch in sink.decisions_since(since):
+        # What may be delivered again goes by log time; what late spans may follow, by when it was decided. In a backlog
+        # the two are far apart.
+        since = (max(0, at_ms - int(ttl_secs * 1000)) for at_ms in (low_ms, epoch_born_ms(epoch) or 0))
+        for batch in sink.decisions_since(*since):
             rows = list(_remembered(batch.to_pylist(), landed))
             buffer.remember(rows, ttl_secs)
             count += len(rows)

@@ -50,7 +50,7 @@ from pyiceberg.exceptions import (
     TableAlreadyExistsError,
     UnauthorizedError,
 )
-from pyiceberg.expressions import GreaterThanOrEqual
+from pyiceberg.expressions import GreaterThanOrEqual, Or
 from pyiceberg.io import FileIO
 from pyiceberg.io.pyarrow import (
     compute_statistics_plan,
@@ -331,14 +331,14 @@ class Sink:
             )
         return committed
 
-    def decisions_since(self, log_time_ms: int) -> Iterator[pa.RecordBatch]:
-        """Rows of `decisions` whose newest record is of that log time or later."""
+    def decisions_since(self, log_time_ms: int, decided_ms: int) -> Iterator[pa.RecordBatch]:
+        """Rows of `decisions` whose newest record is of that log time or later, or that were made since then."""
+        wanted = Or(
+            GreaterThanOrEqual(term="last_log_time", value=from_millis(log_time_ms).isoformat()),
+            GreaterThanOrEqual(term="decided_at", value=from_millis(decided_ms).isoformat()),
+        )
         with self._outside("read"):
-            scan = self._load("decisions").scan(
-                row_filter=GreaterThanOrEqual(
-                    term="last_log_time", value=from_millis(log_time_ms).isoformat()
-                )
-            )
+            scan = self._load("decisions").scan(row_filter=wanted)
             yield from scan.to_arrow_batch_reader()
 
     # --- what queries read ---

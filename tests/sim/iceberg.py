@@ -160,11 +160,13 @@ class SimTables:
     def landed(self, kind: Kind) -> dict[str, int]:
         return self._refresh(kind)[2]
 
-    def decisions_since(self, log_time_ms: int) -> Iterator[pa.RecordBatch]:
+    def decisions_since(self, log_time_ms: int, decided_ms: int) -> Iterator[pa.RecordBatch]:
         self._ask()
+        since = {"last_log_time": log_time_ms, "decided_at": decided_ms}
         for rows in list(self._catalog.tables["decisions"].appends):
-            wanted: Any = pc.greater_equal(
-                rows["last_log_time"], pa.scalar(from_millis(log_time_ms), pa.timestamp("us", "UTC"))
-            )
-            yield from rows.filter(wanted).to_batches()
+            either: list[Any] = [
+                pc.greater_equal(rows[name], pa.scalar(from_millis(at_ms), pa.timestamp("us", "UTC")))
+                for name, at_ms in since.items()
+            ]
+            yield from rows.filter(pc.or_(*either)).to_batches()
             self._answer()
