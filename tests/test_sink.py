@@ -24,10 +24,19 @@ from pydantic import SecretStr
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table
-from pyiceberg.transforms import DayTransform
-from pyiceberg.types import DoubleType, IntegerType, ListType, LongType, NestedField, StringType
+from pyiceberg.transforms import DayTransform, IdentityTransform
+from pyiceberg.types import (
+    DoubleType,
+    IntegerType,
+    ListType,
+    LongType,
+    NestedField,
+    StringType,
+    TimestamptzType,
+)
 
 from tests.ports import LOOPBACK
 from tests.stack import Fault, Lakekeeper, RestProxy, Stack, s3_filesystem
@@ -643,6 +652,52 @@ def test_a_file_a_day(place: Place) -> None:
     assert len(tasks) == 1
     by_size = sorted(sink.files()["spans"].paths, key=lambda path: read_parquet(place, path).num_rows)
     assert [read_parquet(place, path)["span_id"].to_pylist() for path in by_size] == [["t"], ["a", "b"]]
+
+
+def test_any_partitions_of_others(place: Place) -> None:
+    """A table partitioned by day and by a nullable text has a file for each combination that there is."""
+    place.catalog.create_namespace(place.settings.iceberg.namespace)
+    schema = Schema(
+        *FOREIGN.fields[:8],
+        NestedField(10, "start_time", TimestamptzType(), required=False),
+        NestedField(11, "http_route", StringType(), required=False),
+    )
+    parts = PartitionSpec(
+        PartitionField(10, 1000, DayTransform(), "day"),
+        PartitionField(11, 1001, IdentityTransform(), "route"),
+    )
+    place.catalog.create_table((place.settings.iceberg.namespace, "spans"), schema, partition_spec=parts)
+    sink = place.begin()
+    tomorrow = datetime(2026, 11, 22, 0, 0, 1, tzinfo=UTC)
+    plain, later = spans("a"), spans("d", start=tomorrow)
+    routed = spans("b", "c").set_column(
+        SPANS.get_field_index("http_route"), "http_route", pa.array(["/", "/cart"])
+    )
+    rows = pa.concat_tables([plain, routed, later, plain])
+    assert sink.commit(sink.upload("spans", rows), "w", 1, EPOCH)
+    found = [read_parquet(place, path)["span_id"].to_pylist() for path in sink.files()["spans"].paths]
+    assert sorted(found) == [["a", "a"], ["b"], ["c"], ["d"]]
+    kept = place.table().scan(row_filter="http_route = '/cart'")
+    assert (len(list(kept.plan_files())), kept.to_arrow()["span_id"].to_pylist()) == (1, ["c"])
+
+
+def test_statistics_are_kept_where_they_leave_out_files(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Columns have their least and greatest value in the file and in Iceberg; what is in maps and lists has none."""
+    sink = place.begin()
+    assert land(sink, "s1")
+    (path,) = sink.files()["spans"].paths
+    with place.table().io.new_input(path if "://" in path else f"file://{path}").open() as stream:
+        group = pq.ParquetFile(pa.BufferReader(stream.read())).metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    assert {c.path_in_schema for c in columns if not c.is_stats_set} == {
+        c.path_in_schema for c in columns if "." in c.path_in_schema
+    }
+    (task,) = place.table().scan().plan_files()
+    bounds = task.file.lower_bounds
+    assert bounds[place.table().schema().find_field("service_name").field_id] == b"shop"
+    assert not caplog.records, "a missing statistic is meant"
 
 
 def read_parquet(place: Place, path: str) -> pa.Table:
