@@ -113,6 +113,21 @@ PLAIN_ENOUGH = {
         span(1, 1, attrs={"b": b"\xff\0", "l": [1, "a", None, 2.5, b"x"], "d": {"k": [{}]}, "e": []}),
         span(1, 2, attrs={"n": nested(25), "l": [1, "a", None, 2.5, b"x"], "ü": {"ö": "€𝄞\ud7ff\n"}}),
     ),
+    "lists": traces_data(
+        span(
+            1, 1, attrs={"a": ["a"], "b": ["ä€𝄞", "", "b"], "c": [1, -5, 2**63 - 1], "d": [True, None, False]}
+        ),
+        span(
+            1,
+            2,
+            attrs={"q": ['say "it"'], "s": ["a\\b"], "n": ["a\n"], "z": ["\0"], "d": ["\x7f"], "e": [""]},
+        ),
+        span(
+            1, 3, attrs={"m": ["a", 1, "b", 2.5], "l": [["a"]], "x": ["a", b"b"], "k": [{}], "c": ["a", [1]]}
+        ),
+        span(1, 4, attrs={"long": ["x" * VALUE_CHARS_MAX], "limit": ["x" * (VALUE_CHARS_MAX - 4)]}),
+        span(1, 5, attrs={"over": ["x" * (VALUE_CHARS_MAX - 3)], "many": [-(2**63)] * 50}),
+    ),
     "whole numbers": traces_data(
         span(attrs={str(n): n for n in (0, 9, 10, -1, 99, 100, 2**63 - 1, -(2**63), -(2**63) + 1)})
     ),
@@ -253,6 +268,9 @@ BAD = {
     "a text that is no UTF-8": with_span(framed(5, b"\xff")),
     "a key that is no UTF-8": with_span(framed(9, framed(1, b"\xff"))),
     "a value that is no UTF-8": with_span(framed(9, framed(2, framed(1, b"\xff")))),
+    "a listed text that is no UTF-8": with_span(
+        framed(9, framed(2, framed(5, framed(1, framed(1, b"\xc3")))))
+    ),
     "a deep text that is no UTF-8": with_span(framed(9, framed(2, framed(5, framed(1, framed(1, b"\xff")))))),
     "an event that is no UTF-8": with_span(framed(11, framed(2, b"\xff"))),
     "a resource that is no UTF-8": raw_record(

@@ -9,8 +9,8 @@ The way of a group of traces:
     join      the payloads end to end in one buffer
     walk      every byte is checked; leaves a row for each span, a pair for each attribute, a row for each event and
               link. A text is not moved: it becomes a *ref*, its position and size
-    render    values that are no text get one: numbers in the kernel, floats and all that is nested in Python, the
-              latter once for each distinct value
+    render    values that are no text get one: numbers and plain lists on the walk, floats and all else in Python,
+              the latter once for each distinct value
     sort      rows of a trace by their start
     gather    each column is written into its Arrow buffers, refs in their final order; what is constant for a
               resource, a scope or a trace is made once and taken by number
@@ -47,6 +47,7 @@ from tss.native import (
     U2,
     U3,
     U4,
+    U5,
     U7,
     U8,
     VALUE_KIND,
@@ -207,7 +208,10 @@ FROM_EVENT = U(len(WANTED))  # in Work.found
 
 TRUE, FALSE = U(IN_TEXT | 4), U(IN_TEXT | 4 << 32 | 5)  # what a text buffer begins with
 TRUE_FALSE = np.frombuffer(b"truefalse", np.uint8)
-DIGITS_MAX = U(20)  # with the sign
+LIST_TEXTS = np.frombuffer(b", null", np.uint8)
+DIGITS_MAX = 20  # with the sign
+ITEM_BYTES_MAX = 32  # of an item in a list, beside its own: quotes, comma and bracket, or digits instead
+MINUS, ZERO, QUOTE, BACKSLASH, OPEN, CLOSE = (np.uint8(ord(sign)) for sign in '-0"\\[]')
 
 
 # --- walk ----------------------------------------------------------------------------------------------------------
@@ -375,8 +379,13 @@ def _span(data: Bytes, at: UInt, end: UInt, out: Tables, work: Work) -> bool:
             attributes += U1
             if row.events + row.links != 0 or attributes > work.limits[ATTRIBUTES]:
                 return False
-            if not _attribute(data, at, at + size, U(row.pair), True, out, work):
+            number = out.used[PAIRS]
+            if not _attribute(data, at, at + size, U(row.pair), out, work):
                 return False
+            if number != out.used[PAIRS]:
+                key = find_key(data, out.keys[number] >> U(32), out.keys[number] & U(SIZE), work.keys)
+                if key < FROM_EVENT:
+                    work.found[key] = np.uint32(number + U1)
         elif tag == U(0x2A):
             if not is_utf8(data, at, at + size):
                 return False
@@ -519,8 +528,8 @@ def _promote(
 
 
 @pasted
-def _attribute(data: Bytes, at: UInt, end: UInt, first: UInt, own: bool, out: Tables, work: Work) -> bool:
-    """The next pair, unless its key is there since `first`; `own` are a span's, which may be promoted."""
+def _attribute(data: Bytes, at: UInt, end: UInt, first: UInt, out: Tables, work: Work) -> bool:
+    """The next pair, unless its key is there since `first`."""
     number = out.used[PAIRS]
     if number == U(out.keys.size):
         return False
@@ -551,10 +560,6 @@ def _attribute(data: Bytes, at: UInt, end: UInt, first: UInt, own: bool, out: Ta
         _forget_value(number, out)
         return True
     out.used[PAIRS] += U1
-    if own:
-        key = find_key(data, key_at, key_size, work.keys)
-        if key < FROM_EVENT:
-            work.found[key] = np.uint32(number + U1)
     return True
 
 
@@ -616,6 +621,12 @@ def _value(data: Bytes, at: UInt, end: UInt, number: UInt, out: Tables, work: Wo
         out.floats[floats] = load_word(data, at + U1)
         out.used[FLOATS] += U1
         return True
+    elif tag == 0x2A:
+        size, start = read_length(data, at + U1, end)
+        if start <= end and start + size == end:
+            out.values[number] = _put_list(data, start, end, work.limits[CHARS], out.text, out.used)
+            if out.values[number] != U(NULL):
+                return True
     nested = out.used[NESTED]
     if nested == U(out.nested.size) or not is_valid(data, at, end, VALUE_KIND, work.schema):
         return False
@@ -629,33 +640,90 @@ def _value(data: Bytes, at: UInt, end: UInt, number: UInt, out: Tables, work: Wo
 def _put_number(value: UInt, text: Bytes, used: NDArray[np.uint64]) -> UInt:
     """The ref of a signed number's text; NULL where there is no room."""
     begin = used[RENDERED]
-    if begin + DIGITS_MAX > U(text.size):
+    if begin + U(DIGITS_MAX) > U(text.size):
         return U(NULL)
-    negative = value >> U(63) != U0
-    if negative:
+    used[RENDERED] = _put_digits(value, text, begin)
+    return U(IN_TEXT) | _ref(begin, used[RENDERED] - begin)
+
+
+@inner
+def _put_digits(value: UInt, text: Bytes, at: UInt) -> UInt:
+    """The end of a signed number's text; there must be room for DIGITS_MAX."""
+    if value >> U(63) != U0:
         value = U0 - value
-        text[begin] = 0x2D
+        text[at] = MINUS
+        at += U1
     size = U1
     rest = value
     while rest > U(9):
         rest //= U(10)
         size += U1
-    size += U1 if negative else U0
-    at = begin + size
-    while True:
-        at -= U1
-        text[at] = np.uint8(U(0x30) + value % U(10))
+    for i in range(size):
+        text[at + size - U1 - i] = np.uint8(U(ZERO) + value % U(10))
         value //= U(10)
-        if value == U0:
+    return at + size
+
+
+@inner
+def _put_list(
+    data: Bytes, at: UInt, end: UInt, size_max: UInt, text: Bytes, used: NDArray[np.uint64]
+) -> UInt:
+    """The ref of a list's JSON, where all in it is a text as it is, a whole number or a truth; else NULL."""
+    begin = used[RENDERED]
+    if begin + U2 > U(text.size):
+        return U(NULL)
+    text[begin] = OPEN
+    to = begin + U1
+    while at < end:
+        tag = data[at]
+        size, at = read_length(data, at + U1, end)
+        if at > end or tag != 0x0A or to + size + U(ITEM_BYTES_MAX) > U(text.size):
             break
-    used[RENDERED] = begin + size
-    return U(IN_TEXT) | _ref(begin, size)
+        if to != begin + U1:
+            to = copy_bytes(text, to, LIST_TEXTS, U0, U2)
+        to = _put_item(data, at, at + size, text, to)
+        if to == BAD:
+            break
+        at += size
+    if at != end or to == BAD or to + U1 - begin > size_max:
+        return U(NULL)
+    text[to] = CLOSE
+    used[RENDERED] = to + U1
+    return U(IN_TEXT) | _ref(begin, to + U1 - begin)
+
+
+@inner
+def _put_item(data: Bytes, at: UInt, end: UInt, text: Bytes, to: UInt) -> UInt:
+    """The end of an item's JSON, BAD where it is not that plain."""
+    if at == end:
+        return copy_bytes(text, to, LIST_TEXTS, U2, U4)
+    tag = data[at]
+    if tag == 0x0A:
+        size, at = read_length(data, at + U1, end)
+        if at > end or at + size != end or not is_utf8(data, at, end):
+            return BAD
+        for i in range(at, end):
+            if data[i] < 0x20 or data[i] == QUOTE or data[i] == BACKSLASH:
+                return BAD
+        text[to] = QUOTE
+        to = copy_bytes(text, to + U1, data, at, size)
+        text[to] = QUOTE
+        return to + U1
+    value, at = read_varint(data, at + U1, end)
+    if at != end:
+        return BAD
+    if tag == 0x18:
+        return _put_digits(value, text, to)
+    if tag == 0x10:
+        start, size = (U0, U4) if value != U0 else (U4, U5)
+        return copy_bytes(text, to, TRUE_FALSE, start, size)
+    return BAD
 
 
 @inner
 def _attribute_of_another(data: Bytes, at: UInt, end: UInt, first: UInt, out: Tables, work: Work) -> bool:
     """Of an event or a link; these are fewer, so they may cost a call."""
-    return _attribute(data, at, end, first, False, out, work)
+    return _attribute(data, at, end, first, out, work)
 
 
 @inner
