@@ -45,6 +45,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # a background job of a shell ignores the latter
         signal.signal(number, signal.default_int_handler)  # so that workers and parts are ended
     folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="tss-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {options.seed}, logs in {folder}", flush=True)
     with ExitStack() as ends:
         stack = None
