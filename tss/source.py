@@ -181,20 +181,25 @@ class Source:
         epoch may not be read on: begin with a new one. `poll` may raise it for partitions that come later.
         """
         self._epoch = epoch
-        self._unplaced = None
         if not self._subscribed:
             self._subscribed = True
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
-        held = sorted(self._assigned)
         try:
+            if self._unplaced is not None:
+                # The group may have gone on without us: until we hear of that, it refuses every commit. What this
+                # reads is read again.
+                self._consumer.consume(1, 0)
+            self._unplaced = None
+            held = sorted(self._assigned)
             if held:
                 starts = self._starts(held)
                 self._consumer.incremental_unassign([TopicPartition(self._topic, p) for p in held])
                 self._place(starts)
         except KafkaException as fault:
-            raise self._unavailable(fault) from fault
+            self._unplaced = self._unavailable(fault)
+            raise self._unplaced from fault
 
     def _unavailable(self, fault: KafkaException) -> Unavailable:
         self._note_fault(fault.args[0].str())
