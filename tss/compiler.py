@@ -126,3 +126,8 @@ def _is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="tss: %(message)s")
+    load("numba")
