@@ -788,6 +788,18 @@ def test_the_first_proposal_stands(server: Server) -> None:
     two.close()
 
 
+def test_a_proposal_has_one_life(server: Server, buffer: Buffer) -> None:
+    """A proposal whose deletion a restart of Redis forgot is not taken again, whatever part of the keys is lost."""
+    assert buffer.epoch is not None
+    server.client.set("{tss:0}:next-epoch", buffer.epoch)
+    server.client.delete("{tss:1}:epoch")
+    with pytest.raises(LinkLost):
+        buffer.propose_epoch("life-2")
+    assert buffer.propose_epoch("life-2") == "life-2"
+    buffer.forget_epoch("life-2")
+    assert buffer.propose_epoch("life-3") == "life-2", "others take part in what has not begun"
+
+
 def test_a_life_is_ended_once(server: Server, buffer: Buffer) -> None:
     """Whoever finds its epoch too old takes it away from the fleet, but leaves a newer one alone."""
     one, two = (Buffer(server.settings) for _ in range(2))

@@ -617,10 +617,13 @@ class Buffer:
 
     def read_epoch(self) -> str | None:
         """The epoch all shards agree on, or None when one lacks it or they differ."""
-        replies = self._all({shard: [("GET", _tag(shard) + b"epoch")] for shard in range(self._shards)})
-        epochs = {reply[0] for reply in replies.values()}
+        epochs = self._epochs()
         (epoch,) = epochs if len(epochs) == 1 else (None,)
         return epoch.decode() if epoch else None
+
+    def _epochs(self) -> set[bytes | None]:
+        replies = self._all({shard: [("GET", _tag(shard) + b"epoch")] for shard in range(self._shards)})
+        return {reply[0] for reply in replies.values()}
 
     def confirm(self) -> int | None:
         """One round trip a node that shows run and epoch unchanged; returns `low`, the oldest log time held."""
@@ -932,10 +935,19 @@ class Buffer:
     # --- a new life of Redis (step 15) ---
 
     def propose_epoch(self, epoch: str) -> str:
-        """The fleet agrees on one fresh epoch: the first to propose wins. The proposal expires if nobody ends it."""
-        key = _tag(0) + b"next-epoch"
-        before: bytes | None = self._links[self._home[0]].call("SET", key, epoch, "NX", "GET", "EX", 600)
-        return before.decode() if before else epoch
+        """The fleet agrees on one fresh epoch: the first to propose wins. The proposal expires if nobody ends it.
+
+        Raises LinkLost where a proposal has had its life already and a restart forgot that it was ended: two lives of
+        one name would be one to whoever reads on.
+        """
+        key, home = _tag(0) + b"next-epoch", self._links[self._home[0]]
+        before: bytes | None = home.call("SET", key, epoch, "NX", "GET", "EX", 600)
+        if before is None:
+            return epoch
+        if before in self._epochs():
+            home.call("DEL", key)
+            raise LinkLost("a proposal was left over from the life before")
+        return before.decode()
 
     def end_life(self) -> None:
         """The epoch that this connection was made in counts no more: the next writer gives Redis a new one.
@@ -943,7 +955,7 @@ class Buffer:
         One shard without an epoch is enough. Whoever comes late takes away a newer one: one restore for nothing.
         """
         if self.epoch is not None and self.read_epoch() == self.epoch:
-            self._all({0: [("DEL", _tag(0) + b"epoch")]})
+            self._all({0: [("DEL", _tag(0) + b"epoch", _tag(0) + b"next-epoch")]})
 
     def forget_epoch(self, proposed: str) -> None:
         """Nobody may write and no clock counts until the new epoch is set. Raises LinkLost without the proposal."""

@@ -116,6 +116,11 @@ def upgraded_by_its_own() -> AbstractContextManager[object]:
     return stack
 
 
+def one_author_for_all_lives() -> AbstractContextManager[object]:
+    """What is left of a claim lands under the name of before, and makes rows count whose spans never landed."""
+    return patch.object(decide, "author_of", lambda owner, _: owner)
+
+
 def turned_by_each() -> AbstractContextManager[object]:
     """An adopter that knows other rules than the owner turns a drop that the owner has landed as such."""
     return changed_script("TURN", ("#note == 1", "true"))
@@ -365,6 +370,7 @@ ACCIDENTS: dict[str, Accident] = {
     "time stamps behind": Accident(stamps_by_log_time, "conservation"),
     "low not handed on": Accident(low_not_handed_on, "conservation"),
     "verdicts outlived": Accident(verdicts_outlived, "conservation"),
+    "one author for all lives": Accident(one_author_for_all_lives, "conservation"),
     "turned by each": Accident(turned_by_each, "nothing_doubled"),
     "turned again": Accident(turned_again, "one_verdict"),
 }
