@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +33,47 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if STACK_WANTED:
+        items.sort(key=_needs_stack)
         return
-    left_out = [item for item in items if item.get_closest_marker("stack")]
+    left_out = [item for item in items if _needs_stack(item)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("stack")]
+    items[:] = [item for item in items if not _needs_stack(item)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is built from source is built while the tests run that do not need it."""
+    if any(map(_needs_stack, session.items)) and not session.config.option.collectonly:
+        _builder()
+
+
+def pytest_sessionfinish() -> None:
+    if _builder.cache_info().currsize:
+        _builder().send_signal(signal.SIGINT)  # it ends its compilers first
+        _builder().wait()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _needs_stack(item):
+        _install()
+
+
+def _needs_stack(item: pytest.Item) -> bool:
+    return item.get_closest_marker("stack") is not None
+
+
+@functools.cache
+def _builder() -> subprocess.Popen[bytes]:
+    command = ["nice", sys.executable, "-m", "tests.stack", "build"]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+@functools.cache
+def _install() -> None:
+    """Waits for the build; what it could not do is tried again here, and says why."""
+    _builder().wait()
+    install()
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +81,6 @@ def stack() -> Iterator[Stack]:
     """The real parts, all serving. A test that kills one brings it back: `with stack.redis.down(): …`."""
     if not STACK_WANTED:
         pytest.fail("a test that uses the fixture `stack` must be marked: @pytest.mark.stack")
-    install()
     stack = Stack.new(owner=os.getpid())
     stack.up()
     yield stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.stack.install import InstallError, install, say
+from tests.stack.install import InstallError, build, fetch, install, say
 from tests.stack.stack import BUCKET, METRICS_ADDRESS, S3_KEY_ID, S3_SECRET, Stack, StackError
 
 COMMANDS = {
@@ -13,7 +13,9 @@ COMMANDS = {
     "down": "end every process and remove the data",
     "status": "what runs, and whether it serves; exit code 1 when something does not",
     "env": 'only the export lines for a worker: eval "$(bin/stack env)"',
-    "install": "only install, for a CI cache",
+    "install": "only install, for a CI cache: fetch, then build",
+    "fetch": "packages and jars, a minute or two",
+    "build": "MinIO and telemetrygen, from source: some minutes, which tests that need neither may use",
 }
 
 
@@ -38,6 +40,12 @@ def main() -> int:
                 return _status(stacks)
             case "env":
                 return _env(stacks)
+            case "fetch":
+                fetch()
+                return 0
+            case "build":
+                build()
+                return 0
             case _:
                 install()
                 return 0
