@@ -598,7 +598,7 @@ def test_no_setting_of_ours_reaches_a_query_process(tmp_path: Path, monkeypatch:
 
     async def run() -> None:
         async with engine(shop(tmp_path)) as made:
-            await made.start()
+            await made.run("SELECT 1")  # a process that has only just begun has no command line yet
             (pid,) = query_processes()
             environment = await asyncio.to_thread(Path(f"/proc/{pid}/environ").read_bytes)
             assert b"PATH=" in environment
