@@ -1,11 +1,12 @@
-"""Damaged and odd records by the million, to see the kernels say what their slow twin says.
+"""Mutants by the million, to see the kernels say what their slow twin says.
 
-`bin/fuzz --mutants N` runs for as long as that takes; the tests run a few thousand. Damage is of two sorts: bytes are
-cut, flipped, left out, put in, or taken from another record; or the record is taken apart along the official schema
-and one field of it changed in a way that protobuf allows, or just not. Mutants go in batches with whole records
-between them, so that the joining of both paths is tried as well.
+`bin/fuzz --mutants N` runs for as long as that takes; the tests run a few thousand. A run is cut into shards, each
+with a seed of its own, counting up: shard 57 of a run that began with seed 1 is repeated, or the run continued, with
+`--seed 57`. Mutants go in batches with whole records between them, so that the joining of both paths is tried as
+well. A batch is of one kind, so that how many of each are taken in can be told. What `mutants` makes is compared
 
-The table of spans is tried on the same mutants, as payloads.
+    decode    as records: facts, chunks and dead letters, the same to the byte
+    gather    as payloads: the table of spans
 
 `bin/fuzz` has numba check every index. Loads and copies, which it cannot see, are checked always.
 """
@@ -17,28 +18,17 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+import pyarrow as pa
 from google.protobuf.message import DecodeError
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, TracesData
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 
-from tests.bench import generate
-from tests.builders import (
-    LOG_MS,
-    nested,
-    record,
-    resource_spans,
-    scope_spans,
-    span,
-    trace,
-    trace_id,
-    traces_data,
-    varint,
-)
+from tests.builders import LOG_MS, trace_id
+from tests.mutants import Mutants
 from tss import rows, wire
 from tss.gather import Gatherer
 from tss.kernels import Decoder
@@ -47,9 +37,10 @@ from tss.rows import Cut, KeptTrace
 from tss.rules import ForceRule, RuleSet
 from tss.wire import Decoded
 
-BARE = 4  # the number of the sample that is a ResourceSpans
-BATCH = 16  # mutants decoded together
+BATCH = 48  # mutants compared together
+SHARD = 100_000  # mutants of one seed
 PROGRESS_SECS = 30
+FAULTS_MAX = 20  # shards that differ before a run gives up
 
 
 def rule_set(*matches: dict[str, Any]) -> RuleSet:
@@ -90,6 +81,14 @@ RULES = rule_set(
     {"span": [*on_span("server.port", "eq", 443)["span"], *on_span("k", "neq", 1)["span"]]},
 )
 
+# The twin asks every rule of every span, so most mutants meet some of them, in turn.
+RULE_SETS = (
+    RuleSet(),
+    *(RuleSet(RULES.rules[first::5]) for first in range(5)),
+    *(RuleSet(RULES.rules[first::4]) for first in range(4)),
+    RULES,
+)
+
 
 # --- comparing ---------------------------------------------------------------------------------------------------
 
@@ -108,9 +107,15 @@ def difference(one: Decoded, other: Decoded) -> str | None:
     return None
 
 
-def fault_of(decoder: Decoder, records: Sequence[Record], rules: RuleSet) -> str | None:
-    """How kernels and twin disagree on this batch."""
-    return difference(decoder.decode(records, rules), wire.decode(records, rules))
+def fault_of(
+    decoder: Decoder, records: Sequence[Record], rules: RuleSet, expected: Decoded | None = None
+) -> str | None:
+    """How kernels and twin, of whom this is expected, disagree on this batch."""
+    try:
+        decoded = decoder.decode(records, rules)
+    except IndexError as fault:
+        return f"out of range: {fault}"
+    return difference(decoded, expected or wire.decode(records, rules))
 
 
 _DECODER = Decoder()
@@ -136,15 +141,23 @@ def kept(trace: int, *payloads: bytes) -> KeptTrace:
 def gather_fault(gatherer: Gatherer, traces: Sequence[KeptTrace]) -> str | None:
     """How kernels and twin disagree on the table of these traces; what one refuses, both must."""
     try:
-        expected, repeated = rows.span_table(traces, DECIDED_AT)
+        expected = rows.span_table(traces, DECIDED_AT)
     except (DecodeError, IndexError) as fault:
         try:
             gatherer.span_table(traces, DECIDED_AT)
-        except type(fault):
-            return None
+        except (DecodeError, IndexError) as found:
+            return None if type(found) is type(fault) else f"{found!r} and {fault!r}"
         return f"the twin raises {fault!r}"
-    table, found = gatherer.span_table(traces, DECIDED_AT)
-    table.validate(full=True)
+    return _table_fault(gatherer, traces, expected)
+
+
+def _table_fault(gatherer: Gatherer, traces: Sequence[KeptTrace], twins: tuple[pa.Table, int]) -> str | None:
+    expected, repeated = twins
+    try:
+        table, found = gatherer.span_table(traces, DECIDED_AT)
+        table.validate(full=True)
+    except (IndexError, pa.ArrowInvalid) as fault:
+        return f"out of range: {fault}"
     if table.equals(expected) and found == repeated:
         return None
     columns = [name for name in expected.schema.names if not table[name].equals(expected[name])]
@@ -154,361 +167,145 @@ def gather_fault(gatherer: Gatherer, traces: Sequence[KeptTrace]) -> str | None:
     )
 
 
-# --- mutants -----------------------------------------------------------------------------------------------------
-
-
-def samples(seed: int = 1) -> list[bytes]:
-    """Whole records to damage: plain ones, and ones with all that OTLP allows."""
-    generated = [r.value or b"" for r in generate.records("A", 200, seed=seed)]
-    rich = traces_data(
-        resource_spans(
-            scope_spans(
-                span(1, 1, attrs={"k": 5, "http.route": "/slow", "b": b"\xff", "f": 2.5, "n": None}),
-                span(1, 2, attrs={"k": "äöü €𝄞", "list": [1, True, {"deep": nested(4)}], "": "empty key"}),
-                span(2, 3, trace_state="a=b,ot=rv:0000000000000f;th:8", attrs={"k": True}),
-                span(1, 4, trace_state="ot=rv:ffffffffffffff", parent=1, error=True),
-                schema_url="https://s",
-            ),
-            scope_spans(
-                span(2, 5, events=[Span.Event(name="e", time_unix_nano=7)], flags=257),
-                span(3, 6, links=[Span.Link(trace_id=bytes(range(16)), span_id=bytes(range(8)))]),
-            ),
-            resource={"list": [1, 2.5, {"k": b"\0"}], "host": "a"},
-            schema_url="https://r",
-        ),
-        resource_spans(
-            span(1, 7, dropped_events_count=2**32 - 1, end_time_unix_nano=2**64 - 1), service="cart"
-        ),
-        resource_spans(span(4, 8, start_time_unix_nano=0, span_id=b""), service=None),
-    )
-    bare = resource_spans(*trace(5), service="cart", schema_url="https://r")
-    made = [traces_data(*trace(1)), traces_data(*trace(2, 1)), rich, rich, bare]
-    small = [value for value in generated if len(value) < 5000]
-    return [message.SerializeToString() for message in made] + small
-
-
-def mutants(rng: random.Random, whole: Sequence[bytes]) -> Iterator[bytes]:
-    """Endless. Most are damaged once, so that much of them stays what it was."""
-    while True:
-        number = rng.randrange(len(whole))
-        value = whole[number]
-        if number != BARE and rng.random() < 0.6:
-            value = _with_oddities(rng, value)
-        else:
-            value = rng.choice(DAMAGE)(rng, value, rng.choice(whole))
-        while rng.random() < 0.2:
-            value = rng.choice(DAMAGE)(rng, value, rng.choice(whole))
-        yield value
-
-
-def _cut(rng: random.Random, value: bytes, _: bytes) -> bytes:
-    return value[: rng.randint(0, len(value))]
-
-
-def _flip(rng: random.Random, value: bytes, _: bytes) -> bytes:
-    out = bytearray(value)
-    for _bit in range(rng.choice((1, 1, 2, 5))):
-        if out:
-            out[rng.randrange(len(out))] ^= rng.choice((1 << rng.randrange(8), rng.randint(1, 255)))
-    return bytes(out)
-
-
-def _delete(rng: random.Random, value: bytes, _: bytes) -> bytes:
-    at = rng.randint(0, len(value))
-    return value[:at] + value[at + rng.randint(1, 8) :]
-
-
-def _insert(rng: random.Random, value: bytes, _: bytes) -> bytes:
-    at = rng.randint(0, len(value))
-    return value[:at] + rng.randbytes(rng.randint(1, 8)) + value[at:]
-
-
-def _splice(rng: random.Random, value: bytes, other: bytes) -> bytes:
-    return value[: rng.randint(0, len(value))] + other[rng.randint(0, len(other)) :]
-
-
-def _append(_: random.Random, value: bytes, other: bytes) -> bytes:
-    return value + other
-
-
-Damage = Callable[[random.Random, bytes, bytes], bytes]
-DAMAGE: tuple[Damage, ...] = (_cut, _flip, _flip, _flip, _delete, _insert, _splice, _append)
-
-
-# --- mutants along the schema ------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Field:
-    """One field on the wire; `head` and `size` are what stands before its value, as bytes that may be odd."""
-
-    head: bytes
-    size: bytes | None  # None: taken from the value
-    value: bytes | list[Field]
-    kind: FieldDescriptor | None
-
-    def encode(self) -> bytes:
-        value = self.value if isinstance(self.value, bytes) else b"".join(f.encode() for f in self.value)
-        if self.head and self.head[0] & 7 == 2:
-            return self.head + (varint(len(value)) if self.size is None else self.size) + value
-        return self.head + value
-
-
-def _parse(value: bytes, message: Descriptor) -> list[Field] | None:
-    """The fields of a message, those of the messages in it below; None when it is not plain."""
-    fields: list[Field] = []
-    by_number = {f.number: f for f in message.fields}
-    at = 0
-    try:
-        while at < len(value):
-            begin = at
-            tag, at = _read_varint(value, at)
-            head, kind = value[begin:at], by_number.get(tag >> 3)
-            match tag & 7:
-                case 0:
-                    _, end = _read_varint(value, at)
-                case 1 | 5:
-                    end = at + (8 if tag & 7 == 1 else 4)
-                case 2:
-                    size, at = _read_varint(value, at)
-                    end = at + size
-                case _:
-                    return None
-            content: bytes | list[Field] = value[at:end]
-            if kind is not None and kind.message_type is not None and tag & 7 == 2:
-                content = _parse(value[at:end], kind.message_type) or b""
-            fields.append(Field(head, None, content, kind))
-            at = end
-    except IndexError:
-        return None
-    return fields
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _with_oddities(rng: random.Random, value: bytes) -> bytes:
-    tree = _parse(value, TracesData.DESCRIPTOR)
-    assert tree is not None
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        fields = tree
-        below = [f for f in fields if isinstance(f.value, list)]
-        while below and rng.random() < 0.85:
-            chosen = rng.choice(below).value
-            assert isinstance(chosen, list)
-            fields = chosen
-            below = [f for f in fields if isinstance(f.value, list)]
-        rng.choice(ODDITIES)(rng, fields)
-    return b"".join(field.encode() for field in tree)
-
-
-def _repeat(rng: random.Random, fields: list[Field]) -> None:
-    if fields:
-        fields.insert(rng.randint(0, len(fields)), rng.choice(fields))
-
-
-def _leave_out(rng: random.Random, fields: list[Field]) -> None:
-    if fields:
-        del fields[rng.randrange(len(fields))]
-
-
-def _shuffle(rng: random.Random, fields: list[Field]) -> None:
-    rng.shuffle(fields)
-
-
-def _empty(rng: random.Random, fields: list[Field]) -> None:
-    """An empty value, or a part of it: a short id, a split message."""
-    if fields:
-        old = rng.choice(fields)
-        value = old.value if isinstance(old.value, bytes) else b""
-        fields[fields.index(old)] = Field(old.head, None, value[: rng.choice((0, 0, 1, 7))], old.kind)
-
-
-def _unknown(rng: random.Random, fields: list[Field]) -> None:
-    number = rng.choice((4, 15, 16, 17, 19, 100, 1000, 2047, 2048, 50_000, 2**29 - 1))
-    wire_type, value = rng.choice(
-        ((0, b"\1"), (0, b"\xff" * 9 + b"\1"), (1, b"\xff" * 8), (2, rng.randbytes(9)), (5, b"\xff" * 4))
-    )
-    fields.insert(rng.randint(0, len(fields)), Field(varint(number << 3 | wire_type), None, value, None))
-
-
-def _group(rng: random.Random, fields: list[Field]) -> None:
-    number = rng.randint(1, 20)
-    end = number if rng.random() < 0.7 else number + 1
-    group = varint(number << 3 | 3) + rng.choice((b"", b"\x08\1")) + varint(end << 3 | 4)
-    fields.insert(rng.randint(0, len(fields)), Field(b"", None, group, None))
-
-
-def _other_type(rng: random.Random, fields: list[Field]) -> None:
-    """A known field with another wire type, or number 0."""
-    number = rng.randint(0, 16)
-    wire_type, value = rng.choice(
-        ((0, b"\1"), (1, bytes(8)), (2, b"\1\1"), (5, bytes(4)), (6, b""), (7, b""))
-    )
-    fields.insert(rng.randint(0, len(fields)), Field(varint(number << 3 | wire_type), None, value, None))
-
-
-def _long_number(rng: random.Random, fields: list[Field]) -> None:
-    """A tag, a size or a value longer than it need be, or huge."""
-    if not fields:
-        return
-    old = rng.choice(fields)
-    number, _ = _read_varint(old.head, 0) if old.head else (8, 0)
-    size = len(old.encode()) - len(old.head)
-    odd = Field(old.head, old.size, old.value, old.kind)
-    match rng.randrange(4):
-        case 0:
-            odd.head = _padded(number, rng.randint(1, 6))
-        case 1 if number & 7 == 2:
-            odd.size = _padded(size - 1, rng.randint(1, 6))
-        case 2 if number & 7 == 2:
-            odd.size = rng.choice((b"\xff\xff\xff\xff\x07", b"\xff\xff\xff\xff\x0f", b"\xff" * 9 + b"\1"))
-        case _ if number & 7 == 0:
-            odd.value = rng.choice(
-                (b"\xff" * 9 + b"\1", b"\xff" * 9 + b"\2", b"\xff" * 10 + b"\1", b"\x82\x80\0")
-            )
-        case _:
-            return
-    fields[fields.index(old)] = odd
-
-
-def _padded(number: int, more: int) -> bytes:
-    out = bytearray(varint(number))
-    out[-1] |= 0x80
-    return bytes(out) + b"\x80" * (more - 1) + b"\0"
-
-
-TEXTS = (
-    *(
-        b"\xc0\x80",
-        b"\xed\xa0\x80",
-        b"\xf4\x90\x80\x80",
-        b"\xf0\x8f\xbf\xbf",
-        b"\xe0\x9f\xbf",
-        b"\xff",
-        b"\xc3",
-    ),
-    *(
-        "äöü".encode(),
-        "€".encode(),
-        "𝄞".encode(),
-        b"\xed\x9f\xbf",
-        b"\xf4\x8f\xbf\xbf",
-        b"\0",
-        b"",
-        b"\xe2\x82",
-    ),
-)
-
-
-def _text(rng: random.Random, fields: list[Field]) -> None:
-    texts = [f for f in fields if f.kind is not None and f.kind.type == FieldDescriptor.TYPE_STRING]
-    if texts:
-        old = rng.choice(texts)
-        value = b"x" * rng.randint(0, 17) + rng.choice(TEXTS) + b"y" * rng.randint(0, 17)
-        fields[fields.index(old)] = Field(old.head, None, value, old.kind)
-
-
-def _deep(rng: random.Random, fields: list[Field]) -> None:
-    """Lists in lists, around the depth at which the official class gives up."""
-    values = [
-        f for f in fields if f.kind is not None and f.kind.name == "value" and f.kind.message_type is not None
-    ]
-    if values:
-        old = rng.choice(values)
-        value = b""
-        for _ in range(rng.choice((1, 20, 29, 30, 31, 45, 46, 47, 48, 60))):
-            inner = b"\x0a" + varint(len(value)) + value
-            value = b"\x2a" + varint(len(inner)) + inner
-        fields[fields.index(old)] = Field(old.head, None, value, old.kind)
-
-
-Oddity = Callable[[random.Random, list[Field]], None]
-ODDITIES: tuple[Oddity, ...] = (
-    *(_repeat, _leave_out, _shuffle, _empty, _unknown, _group, _other_type, _long_number, _text, _deep),
-)
-
-
 # --- running -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Tally:
+class Count:
+    """Of one kind of mutants."""
+
     mutants: int = 0
-    odd: int = 0  # those that the kernels left to the twin
-    valid: int = 0  # those that the official class can read
+    valid: int = 0  # the official class can read them
+    taken: int = 0  # the kernels took them in; the others were left to the twin
+    refused: int = 0  # by both, in part or as a whole
 
 
-def run(mutants_wanted: int, seed: int, *, tell: Callable[[Tally], None] = lambda _: None) -> Tally:
-    """Compares that many mutants. Raises AssertionError with what repeats the first that is not the same."""
-    rng = random.Random(seed)
-    decoder = Decoder()
-    tally = Tally()
-    whole = samples(seed)
-    stream = mutants(rng, whole)
-    while tally.mutants < mutants_wanted:
-        size = min(BATCH, mutants_wanted - tally.mutants)
-        values = [next(stream) for _ in range(size)]
-        rules = RULES if rng.random() < 0.8 else RuleSet()
+@dataclass(slots=True)
+class Tally:
+    """Counts by kind, and the mutants that kernels and twin do not agree on."""
+
+    kinds: dict[str, Count] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> Count:
+        return self.kinds.setdefault(kind, Count())
+
+    def sum(self) -> Count:
+        counts = self.kinds.values()
+        return Count(*(sum(getattr(c, name) for c in counts) for name in Count.__slots__))
+
+    def add(self, other: Tally) -> None:
+        for kind, count in other.kinds.items():
+            mine = self.of(kind)
+            for name in Count.__slots__:
+                setattr(mine, name, getattr(mine, name) + getattr(count, name))
+        self.faults += other.faults
+
+
+class Part(Protocol):
+    """Compares so many mutants of a seed. Ends at the first that is not the same."""
+
+    def __call__(self, wanted: int, seed: int, *, tell: Callable[[Tally], None] = ...) -> Tally: ...
+
+
+def _batches(source: Mutants, wanted: int) -> Iterator[tuple[str, list[bytes]]]:
+    while wanted > 0:
+        kind = source.kind()
+        size = min(BATCH, wanted)
+        yield kind, [source.make(kind) for _ in range(size)]
+        wanted -= size
+
+
+def run(wanted: int, seed: int, *, tell: Callable[[Tally], None] = lambda _: None) -> Tally:
+    """As records."""
+    rng, source, tally = random.Random(seed), Mutants(seed), Tally()
+    # Each remembers the values that its rules have judged, as the one of a worker does.
+    decoders = [(Decoder(), rules) for rules in RULE_SETS]
+    for kind, values in _batches(source, wanted):
+        decoder, rules = rng.choice(decoders)
         batch = [
-            record(value=v, partition=rng.randrange(2), offset=i, timestamp_ms=LOG_MS + rng.randrange(100))
-            for i, v in enumerate(values)
+            Record(rng.randrange(2), offset, LOG_MS + rng.randrange(100), value)
+            for offset, value in enumerate(values)
         ]
-        for _ in range(rng.randrange(4)):
-            plain = record(value=whole[0], partition=rng.randrange(2), offset=rng.randrange(99))
-            batch.insert(rng.randint(0, len(batch)), plain)
-        _compare(decoder, batch, rules)
-        tally.mutants += size
-        tally.odd = decoder.odd
-        tally.valid += sum(map(_is_valid, values))
+        for _ in range(rng.randrange(4)):  # their places may be the same: then the last counts
+            plain = rng.choice(source.samples).value
+            where = rng.randrange(2), rng.randrange(BATCH, 2 * BATCH)
+            batch.insert(rng.randint(0, len(batch)), Record(*where, LOG_MS, plain))
+        odd = decoder.odd
+        expected = wire.decode(batch, rules)
+        if (fault := fault_of(decoder, batch, rules, expected)) is not None:
+            tally.faults.append(_narrowed(batch, rules, fault))
+            return tally
+        count = tally.of(kind)
+        count.mutants += len(values)
+        count.taken += len(values) - (decoder.odd - odd)
+        count.refused += len({(letter.record.partition, letter.record.offset) for letter in expected.dead})
+        count.valid += sum(map(_is_valid, values))
         tell(tally)
     return tally
 
 
-def _compare(decoder: Decoder, batch: Sequence[Record], rules: RuleSet) -> None:
-    fault = fault_of(decoder, batch, rules)
-    if fault is None:
-        return
+def _narrowed(batch: Sequence[Record], rules: RuleSet, fault: str) -> str:
+    """What repeats the fault: one record where one is enough."""
     for one in batch:
         alone = fault_of(Decoder(), [one], rules)
         if alone is not None:
-            raise AssertionError(f"{alone}\nvalue = bytes.fromhex('{(one.value or b'').hex()}')")
-    raise AssertionError(f"only as a batch: {fault}\nbatch = {batch!r}")
+            return f"{alone}\nvalue = bytes.fromhex('{(one.value or b'').hex()}')"
+    return f"only as a batch: {fault}\nbatch = {batch!r}"
 
 
-def run_gather(mutants_wanted: int, seed: int, *, tell: Callable[[Tally], None] = lambda _: None) -> Tally:
-    """The same for the table of spans: mutants are payloads, in groups of which one may be cut off."""
-    rng = random.Random(seed)
-    gatherer = Gatherer()
-    tally = Tally()
-    whole = samples(seed)
-    stream = mutants(rng, whole)
-    while tally.mutants < mutants_wanted:
-        values = [next(stream) for _ in range(min(BATCH, mutants_wanted - tally.mutants))]
-        readable = []
-        for value in values:
-            if _has_rows(value):
-                readable.append(value)
-            elif (fault := gather_fault(gatherer, [kept(1, value)])) is not None:
-                raise AssertionError(f"{fault}\nvalue = bytes.fromhex('{value.hex()}')")
-        group = [kept(rng.randrange(9), value, rng.choice((value, whole[0]))) for value in readable]
-        group.append(kept(4, whole[0], whole[2]))
+def run_gather(wanted: int, seed: int, *, tell: Callable[[Tally], None] = lambda _: None) -> Tally:
+    """As payloads: those that the twin reads in one group, each of the others alone."""
+    rng, source, gatherer, tally = random.Random(seed), Mutants(seed), Gatherer(), Tally()
+    whole = [sample.value for sample in source.samples if _is_plain(sample.value)]
+    for kind, values in _batches(source, wanted):
+        valid = list(map(_is_valid, values))
+        readable, group, expected = _by_twin(
+            rng, [v for v, sound in zip(values, valid, strict=True) if sound], whole
+        )
         odd = gatherer.odd
-        if (fault := gather_fault(gatherer, group)) is not None:
-            raise AssertionError(f"{fault}\ngroup = {group!r}")
-        tally.mutants += len(values)
-        tally.odd += gatherer.odd - odd
-        tally.valid += len(readable)
+        if (fault := _table_fault(gatherer, group, expected)) is not None:
+            tally.faults.append(_narrowed_group(group, fault))
+            return tally
+        odd = gatherer.odd - odd
+        taken = set(readable)
+        for value in values:
+            if value not in taken and (fault := gather_fault(gatherer, [kept(1, value)])) is not None:
+                tally.faults.append(f"{fault}\nvalue = bytes.fromhex('{value.hex()}')")
+                return tally
+        count = tally.of(kind)
+        count.mutants += len(values)
+        count.taken += len(readable) - odd
+        count.refused += len(values) - len(readable)
+        count.valid += sum(valid)
         tell(tally)
     return tally
+
+
+def _by_twin(
+    rng: random.Random, values: Sequence[bytes], whole: Sequence[bytes]
+) -> tuple[Sequence[bytes], list[KeptTrace], tuple[pa.Table, int]]:
+    """Those of the values that the twin reads, traces of them, some in two parts, and its table."""
+    group = [kept(rng.randrange(99), *rng.choice(((v,), (v, v), (v, rng.choice(whole))))) for v in values]
+    group.append(kept(4, *rng.choices(whole, k=2)))
+    try:
+        return values, group, rows.span_table(group, DECIDED_AT)
+    except (DecodeError, IndexError):
+        readable = list(filter(_has_rows, values))
+        return _by_twin(rng, readable, whole)
+
+
+def _narrowed_group(group: Sequence[KeptTrace], fault: str) -> str:
+    for one in group:
+        if (alone := gather_fault(Gatherer(), [one])) is not None:
+            return f"{alone}\ntrace = {one!r}"
+    return f"only as a group: {fault}\ngroup = {group!r}"
+
+
+def _is_plain(value: bytes) -> bool:
+    gatherer = Gatherer()
+    gatherer.span_table([kept(1, value)], DECIDED_AT)
+    return gatherer.odd == 0
 
 
 def _has_rows(value: bytes) -> bool:
@@ -527,49 +324,67 @@ def _is_valid(value: bytes) -> bool:
     return True
 
 
+PARTS: dict[str, Part] = {"decode": run, "gather": run_gather}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bin/fuzz", description="Compares the compiled kernels with their twin."
     )
     parser.add_argument(
-        "--mutants", type=int, default=100_000, help="damaged records to try on each part (default: 100000)"
+        "--mutants", type=int, default=100_000, help="changed records to try on each part (default: 100000)"
     )
     parser.add_argument(
-        "--seed", type=int, default=random.SystemRandom().randrange(2**32), help="repeats a run"
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(2**32),
+        help=f"of the first {SHARD}, the next have the next; repeats or continues a run",
     )
     parser.add_argument("--part", choices=PARTS, help="one part alone (default: both)")
     options = parser.parse_args()
-    print(f"seed {options.seed}")
     wanted = [options.part] if options.part else list(PARTS)
-    return 0 if all(_holds(part, options.mutants, options.seed) for part in wanted) else 1
+    held = [_holds(part, options.mutants, options.seed) for part in wanted]
+    return 0 if all(held) else 1
 
 
-def _holds(part: str, mutants_wanted: int, seed: int) -> bool:
-    started = told = time.monotonic()
+def _holds(part: str, wanted: int, first_seed: int) -> bool:
+    """Shard after shard; also after one that differed, as the next may differ elsewhere."""
+    began = told = time.monotonic()
+    whole, seed = Tally(), first_seed
 
-    def tell(tally: Tally) -> None:
+    def tell(shard: Tally) -> None:
         nonlocal told
         if time.monotonic() - told > PROGRESS_SECS:
             told = time.monotonic()
-            print(_describe(part, tally, told - started), flush=True)
+            rate = _rate(whole.sum().mutants + shard.sum().mutants, told - began)
+            print(f"{part}: seed {seed}, {rate}", flush=True)
 
-    try:
-        tally = PARTS[part](mutants_wanted, seed, tell=tell)
-    except (AssertionError, IndexError) as fault:
-        print(f"{part}: kernels and twin differ (seed {seed}): {fault}", file=sys.stderr)
-        return False
-    print(_describe(part, tally, time.monotonic() - started) + ": all the same")
-    return True
+    for done in range(0, wanted, SHARD):
+        seed = first_seed + done // SHARD
+        shard = PARTS[part](min(SHARD, wanted - done), seed, tell=tell)
+        for fault in shard.faults:
+            print(f"{part}: kernels and twin differ (seed {seed}): {fault}", file=sys.stderr, flush=True)
+        whole.add(shard)
+        if len(whole.faults) == FAULTS_MAX:
+            break
+    print(_table(whole))
+    verdict = f"{len(whole.faults)} shards DIFFER" if whole.faults else "all the same"
+    rate = _rate(whole.sum().mutants, time.monotonic() - began)
+    print(f"{part}: seeds {first_seed} to {seed}, {rate}: {verdict}", flush=True)
+    return not whole.faults
 
 
-PARTS: dict[str, Callable[..., Tally]] = {"decode": run, "gather": run_gather}
+def _rate(mutants: int, secs: float) -> str:
+    return f"{mutants} mutants in {secs:.0f} s, {mutants / max(secs, 1e-3):.0f} a second"
 
 
-def _describe(part: str, tally: Tally, secs: float) -> str:
-    return (
-        f"{part}: {tally.mutants} mutants in {secs:.0f} s, {tally.valid} readable by the official class, "
-        f"{tally.odd} left to the twin"
-    )
+def _table(tally: Tally) -> str:
+    """A line for each kind of mutants."""
+    lines = [f"{'kind':14}{'mutants':>10}{'taken in':>10}{'refused':>10}{'valid':>10}"]
+    for kind, c in [*sorted(tally.kinds.items()), ("all", tally.sum())]:
+        shares = "".join(f"{100 * n / max(c.mutants, 1):>9.0f}%" for n in (c.taken, c.refused, c.valid))
+        lines.append(f"{kind:14}{c.mutants:>10}{shares}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from tests.builders import (
     trace_id,
     traces_data,
 )
-from tests.fuzz import RULES, fault_of, on_resource, on_span, rule_set
+from tests.fuzz import RULES, decode_both_ways, fault_of, on_resource, on_span, rule_set
+from tests.mutants import KINDS, Mutants
 from tss import compiler, kernels, native, wire
 from tss.consistent import trace_randomness
 from tss.rules import RuleSet
@@ -243,10 +245,44 @@ def test_texts_are_checked_as_the_official_class_checks_them(text: str, raw: byt
 
 
 def test_mutants() -> None:
-    """Some thousand of the mutants that `bin/fuzz` makes by the million, most of them damaged once."""
-    tally = fuzz.run(2500, seed=5)
-    assert tally.mutants == 2500
-    assert 0.1 < tally.odd / tally.mutants < 0.95, "both paths must be tried"
+    """Some thousand of the mutants that `bin/fuzz` makes by the million, most of them changed once."""
+    tally = fuzz.run(8000, seed=5)
+    assert not tally.faults
+    found = tally.sum()
+    assert found.mutants == 8000
+    assert 0.4 < found.taken / found.mutants < 0.8, "both paths must be tried"
+    assert found.refused / found.mutants < 0.4, "what is refused says little of what is read"
+    assert tally.kinds.keys() == {kind for kinds in KINDS.values() for kind in kinds}
+
+
+def test_a_seed_always_makes_the_same_mutants() -> None:
+    """So a run can be repeated, or continued by another process."""
+    one, other = Mutants(3), Mutants(3)
+    kinds = [one.kind() for _ in range(1000)]
+    assert kinds == [other.kind() for _ in range(1000)]
+    assert list(map(one.make, kinds)) == list(map(other.make, kinds))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_mutant_begins_as_a_record_that_the_kernels_take_in(seed: int) -> None:
+    """Else all that is made of it would only try the way to the twin."""
+    source = Mutants(seed)
+    for sample in source.samples:
+        decoder = kernels.Decoder()
+        assert decode_both_ways([record(value=sample.value)], RULES).dead == []
+        decoder.decode([record(value=sample.value)], RULES)
+        assert decoder.odd == 0, sample.value.hex()
+
+
+def test_a_reader_that_says_something_else_is_found() -> None:
+    """The fuzzer sees one bit of one payload."""
+    whole = [record(value=PLAIN)]
+    expected = wire.decode(whole, RULES)
+    changed = bytearray(expected.chunks.buffer)
+    changed[-1] ^= 1
+    other = replace(expected, chunks=replace(expected.chunks, buffer=bytes(changed)))
+    assert fault_of(kernels.Decoder(), whole, RULES, other) == "buffer"
+    assert fault_of(kernels.Decoder(), whole, RULES, expected) is None
 
 
 def test_nothing_is_compiled_while_records_are_read() -> None:
