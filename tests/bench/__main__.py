@@ -1,4 +1,5 @@
-"""python -m tests.bench: what tss costs on this machine, from Kafka to the table; `decode`, `gather`: what its kernels cost."""
+"""python -m tests.bench: what tss costs on this machine, from Kafka to the table; `scale`: the same with much pending,
+and several workers or servers; `decode`, `gather`: what its kernels cost."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ import importlib.metadata
 import platform
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from tests.bench import decode, gather, path, report
+from tests.bench import decode, gather, path, report, scale
 from tests.bench.generate import LAYOUTS
 from tests.bench.outside import real
 from tests.bench.path import Case, Plan
 from tests.bench.report import BASELINE, README, Report
+from tests.bench.scale import Size
+from tests.bench.worker import SELF
 
 KERNEL_RUNS = 7
 PATH_RUNS = 3
@@ -44,6 +48,19 @@ def main(arguments: list[str]) -> None:
     whole.add_argument(
         "--baseline", action="store_true", help="write tests/bench/baseline.json and README's table"
     )
+    larger = parts.add_parser(
+        "scale", help="CPU a span with much pending, several workers, several Redis servers"
+    )
+    larger.add_argument("--layout", choices=LAYOUTS, default="B", help="default: B")
+    larger.add_argument("--spans", type=int, default=SPANS, help=f"in the topic (default: {SPANS})")
+    larger.add_argument("--runs", type=int, default=1, help="of each (default: 1)")
+    larger.add_argument(
+        "--pending", type=int, nargs="+", default=[0], metavar="N", help="traces that wait in Redis all along"
+    )
+    larger.add_argument("--workers", type=int, nargs="+", default=[1], metavar="N", help="in one group")
+    larger.add_argument(
+        "--nodes", type=int, nargs="+", default=[1], metavar="N", help="of Redis; a cluster if several"
+    )
     for name, what in (("decode", "records to chunks"), ("gather", "chunks to the table of spans")):
         kernels = parts.add_parser(name, help=f"kernels against their slow twin: {what}")
         kernels.add_argument(
@@ -52,8 +69,11 @@ def main(arguments: list[str]) -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["path", *arguments]
     options = parser.parse_args(arguments)
-    if options.part == "path":
-        _path(options)
+    if options.part in ("path", "scale"):
+        if not SELF.exists():
+            parser.error(f"{options.part} reads CPU times from /proc, which Linux alone has")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the parts are ended
+        (_path if options.part == "path" else _scale)(options)
         return
     versions = " ".join(
         f"{name} {importlib.metadata.version(name)}"
@@ -64,7 +84,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _path(options: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the parts are ended
     earlier = Report.read(options.compare) if options.compare else None
     grid = [(kept, rules) for kept in KEPT_PERCENTS for rules in RULES]
     groups = grid if options.all else [(options.kept, options.rules)]
@@ -86,6 +105,21 @@ def _path(options: argparse.Namespace) -> None:
         README.write_text(report.readme_with(report.markdown(found), README.read_text("utf-8")), "utf-8")
     if earlier:
         print(report.comparison(found, earlier))
+
+
+def _scale(options: argparse.Namespace) -> None:
+    """One kind of growth at a time: each list starts from the first of the others."""
+    base = Size(options.pending[0], options.workers[0], options.nodes[0])
+    sizes = [
+        *(replace(base, pending=n) for n in options.pending),
+        *(replace(base, workers=n) for n in options.workers),
+        *(replace(base, nodes=n) for n in options.nodes),
+    ]
+    with real("rest") as outside:
+        found = scale.measure(
+            outside, options.layout, options.spans, list(dict.fromkeys(sizes)), options.runs
+        )
+        print(scale.markdown(found, outside.versions))
 
 
 if __name__ == "__main__":

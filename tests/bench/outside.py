@@ -6,7 +6,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from tests.bench.generate import LAYOUTS, PARTITIONS
 from tests.ports import LOOPBACK, free_port
-from tests.stack import Stack, install, redis_part
+from tests.stack import Stack, cluster_options, install, join_cluster, redis_part
 from tests.stack.install import locate
 from tss.embedded import EmbeddedKafka, EmbeddedRedis
 
@@ -33,22 +33,47 @@ WORKER = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Redis of one run."""
+
+    urls: list[str]
+
+    def infos(self, section: str) -> list[dict[str, Any]]:
+        return [redis_info(url, section) for url in self.urls]
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(info["process_id"]) for info in self.infos("server")]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(int(info["used_memory"]) for info in self.infos("memory"))
+
+    def set(self, **options: int) -> None:
+        for url in self.urls:
+            with redis.Redis.from_url(url, socket_timeout=10) as client:
+                for name, value in options.items():
+                    client.config_set(name.replace("_", "-"), value)
+
+
 @dataclass(frozen=True)
 class Outside:
-    """`redis` starts an empty server and yields its URL; `topic` makes one and removes it in the end."""
+    """`redis` starts so many empty servers, a cluster if more than one; `topic` makes one, and removes it in the end."""
 
     brokers: str
     env: dict[str, str]
     folder: Path
     versions: dict[str, str]
-    redis: Callable[[], AbstractContextManager[str]]
+    redis: Callable[[int], AbstractContextManager[Servers]]
     topic: Callable[[str], AbstractContextManager[str]]
 
-    def fresh_env(self, topic: str, redis_url: str) -> dict[str, str]:
+    def fresh_env(self, topic: str, servers: Servers) -> dict[str, str]:
         """A worker's settings, with a group and tables that nobody had before."""
         name = f"bench_{uuid.uuid4().hex[:8]}"
         return self.env | {
-            "TSS__REDIS__URL": redis_url,
+            "TSS__REDIS__URL": servers.urls[0],
+            "TSS__REDIS__CLUSTER_ENABLED": str(len(servers.urls) > 1).lower(),
             "TSS__KAFKA__INPUT_TOPIC": topic,
             "TSS__KAFKA__CONSUMER_GROUP": name,
             "TSS__STORAGE__ICEBERG__TABLE_NAME": name,
@@ -72,7 +97,7 @@ def real(catalog: Literal["rest", "local"]) -> Iterator[Outside]:
             env,
             stack.folder,
             {"Kafka": _kafka_version(), "Redis": _redis_version(stack.redis.url)},
-            lambda: _redis(stack.folder),
+            lambda nodes: _redis(stack.folder, nodes),
             lambda name: _topic(stack.kafka.url, name),
         )
     finally:
@@ -103,23 +128,26 @@ def redis_info(url: str, section: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _redis(folder: Path) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="redis-", dir=folder) as own:
-        server = redis_part(Path(own), free_port())
-        server.start()
-        try:
-            with redis.Redis.from_url(server.url, socket_timeout=10) as client:
-                client.config_set("maxmemory", REDIS_MAX_BYTES)
-                client.config_set("auto-aof-rewrite-min-size", REDIS_LOG_BYTES)
-            yield server.url
-        finally:
-            server.kill()
+def _redis(folder: Path, nodes: int) -> Iterator[Servers]:
+    with tempfile.TemporaryDirectory(prefix="redis-", dir=folder) as own, ExitStack() as ends:
+        parts = [redis_part(Path(own, str(n)), free_port()) for n in range(nodes)]
+        for part in parts:
+            if nodes > 1:
+                part.command += cluster_options()
+            ends.callback(part.kill)
+            part.start()
+        if nodes > 1:
+            join_cluster(parts)
+        servers = Servers([part.url for part in parts])
+        servers.set(maxmemory=REDIS_MAX_BYTES // nodes, auto_aof_rewrite_min_size=REDIS_LOG_BYTES)
+        yield servers
 
 
 @contextmanager
-def _embedded_redis() -> Iterator[str]:
+def _embedded_redis(nodes: int) -> Iterator[Servers]:
+    assert nodes == 1, "the embedded server is no cluster"
     with EmbeddedRedis() as server:
-        yield server.url
+        yield Servers([server.url])
 
 
 @contextmanager

@@ -10,31 +10,26 @@ The CPU of producers, brokers, catalog and object store is not counted, for tss 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.bench import collector, topics
 from tests.bench.generate import ERROR_SHARE
-from tests.bench.outside import Outside, redis_info, topic_name
+from tests.bench.outside import Outside, Servers, topic_name
 from tests.bench.report import CollectorRun, PathRun, Pending, Report, Start, progress
 from tests.bench.topics import INACTIVITY_SECS, Filled
-from tests.bench.worker import Order, Outcome
-from tests.e2e.parts import ROOT, Worker
+from tests.bench.worker import RUN_SECS, Outcome, measured
+from tests.e2e.parts import Worker
 from tests.fuzz import on_resource, on_span
 from tss import config
 from tss.rule_store import RuleStore
 from tss.rules import new_rule
 
-RUN_SECS = 900
 PENDING_SPANS = 400_000
 COLLECTOR_SPANS = 5_000_000  # 40 s of it
 NEVER_SECS = 10_000_000
@@ -112,25 +107,48 @@ def measure(outside: Outside, plan: Plan) -> Report:
 
 
 def run(outside: Outside, filled: Filled, case: Case, log: Path) -> Outcome:
-    with outside.redis() as url:
-        env = outside.fresh_env(filled.topic, url) | case.env()
-        env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(INACTIVITY_SECS)
-        if case.rules:
-            _add_rules(env)
-        return _worker(env, Order(filled.spans, filled.traces, _pid(url)), log)
+    with outside.redis(1) as servers:
+        return run_with(env_of(outside, servers, filled, case), servers, filled, log)
+
+
+def env_of(outside: Outside, servers: Servers, filled: Filled, case: Case) -> dict[str, str]:
+    """The settings of this case, its rules stored."""
+    env = outside.fresh_env(filled.topic, servers) | case.env()
+    env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(INACTIVITY_SECS)
+    if case.rules:
+        _add_rules(env)
+    return env
+
+
+def run_with(
+    env: Mapping[str, str],
+    servers: Servers,
+    filled: Filled,
+    log: Path,
+    *,
+    workers: int = 1,
+    before_reading: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """So many workers of one group, until all of the topic is decided and in the tables."""
+    outcome = measured(
+        [env] * workers, servers.pids, lambda count: count.traces >= filled.traces, log, before_reading
+    )
+    if outcome.spans != filled.spans:
+        raise AssertionError(f"read {outcome.spans} spans of {filled.spans}")
+    return outcome
 
 
 def measure_pending(outside: Outside, filled: Filled, log: Path) -> Pending:
     """What Redis and the worker take while nothing of the topic, or of its first part, is due."""
-    with outside.redis() as url:
-        empty_bytes = int(redis_info(url, "memory")["used_memory"])
-        env = outside.fresh_env(filled.topic, url) | {
+    with outside.redis(1) as servers:
+        empty_bytes = servers.memory_bytes
+        env = outside.fresh_env(filled.topic, servers) | {
             "TSS__APP__INACTIVITY_TIMEOUT_SECS": str(NEVER_SECS),
             "TSS__APP__MAX_TRACE_DURATION_SECS": str(NEVER_SECS),
         }
         wanted = min(PENDING_SPANS, filled.spans)
-        outcome = _worker(env, Order(filled.spans, filled.traces, _pid(url), pending_spans=wanted), log)
-        memory_bytes = int(redis_info(url, "memory")["used_memory"]) - empty_bytes
+        outcome = measured([env], servers.pids, lambda count: count.spans >= wanted, log)
+        memory_bytes = servers.memory_bytes - empty_bytes
     return Pending(
         filled.layout,
         outcome.spans,
@@ -148,8 +166,8 @@ def measure_start(outside: Outside) -> Start:
         ExitStack() as held,
     ):
         topic = held.enter_context(outside.topic(topic_name("A")))
-        url = held.enter_context(outside.redis())
-        env = outside.fresh_env(topic, url) | {"NUMBA_CACHE_DIR": kernels, "TSS__APP__LEASE_SECS": "1"}
+        servers = held.enter_context(outside.redis(1))
+        env = outside.fresh_env(topic, servers) | {"NUMBA_CACHE_DIR": kernels, "TSS__APP__LEASE_SECS": "1"}
         cold_secs, *warm_secs = (
             _secs_to_ready(env, Path(logs) / f"{number}.log") for number in range(1 + WARM_STARTS)
         )
@@ -171,26 +189,6 @@ def _secs_to_ready(env: Mapping[str, str], log: Path) -> float:
             worker.terminate()
 
 
-def _worker(env: Mapping[str, str], order: Order, log: Path) -> Outcome:
-    """A process that does as ordered; its log is at hand when it fails."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | dict(env)
-    with log.open("w+") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.worker"],
-            input=json.dumps(asdict(order)),
-            stdout=subprocess.PIPE,
-            stderr=out,
-            text=True,
-            cwd=ROOT,
-            env=own,
-            timeout=RUN_SECS,
-        )
-        if done.returncode != 0:
-            out.seek(0)
-            raise SystemExit(f"a measured worker failed:\n{out.read()[-4000:]}")
-    return Outcome(**json.loads(done.stdout))
-
-
 def _add_rules(env: Mapping[str, str]) -> None:
     rules = RuleStore(config.load(env))
     for key, values in RULE_VALUES.items():
@@ -198,10 +196,6 @@ def _add_rules(env: Mapping[str, str]) -> None:
         rule = {"description": key, "duration_secs": RUN_SECS, "match": match, "action": "force_keep"}
         rules.add(new_rule(rule, rule_id=key.replace(".", "-"), now=datetime.now(UTC)))
     rules.close()
-
-
-def _pid(redis_url: str) -> int:
-    return int(redis_info(redis_url, "server")["process_id"])
 
 
 def _collected(binary: Path, outside: Outside, filled: Filled) -> Iterator[CollectorRun]:

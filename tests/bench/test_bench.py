@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.bench import collector, path, report
+from tests.bench import collector, path, report, scale
 from tests.bench.generate import LAYOUTS
 from tests.bench.outside import embedded
 from tests.bench.path import RULE_VALUES, Case, Plan
 from tests.bench.report import BASELINE, README, Report
+from tests.bench.scale import Size
 from tests.bench.stages import Stages
 from tests.bench.worker import ARROW, COMMIT, DECODE, STAGES
 
@@ -95,3 +96,13 @@ def test_the_whole_path_is_measured(tmp_path: Path) -> None:
     assert again == found
     assert "1.00" in report.comparison(again, found)
     assert "B" in report.text(found)
+
+
+@pytest.mark.embedded
+def test_a_run_of_two_workers_beside_what_is_pending(tmp_path: Path) -> None:
+    """Both together read and decide all of the topic; what waits takes room, and none of it is decided."""
+    with embedded(tmp_path) as outside:
+        (found,) = scale.measure(outside, "B", SPANS, [Size(5000, 2, 1)], runs=1)
+    assert found.run.outcome.spans >= SPANS
+    assert 300 < found.bytes_per_trace < 2000
+    assert "| 5,000 | 2 | 1 |" in scale.markdown([found], {"Kafka": "mock"})

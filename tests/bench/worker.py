@@ -1,21 +1,24 @@
-"""One run of a worker, the production one, in a process of its own that times it from within.
+"""A worker, the production one, in a process of its own that times it from within, and how a run of some is led.
 
-The settings come as a worker's do, by the environment; the order as JSON on standard input, the outcome as JSON on
-standard output. Reading begins when everything else has started, and with it the time that counts; it ends when all
-that was ordered is in the tables. So neither imports nor compiling count, and the wait for the last flush costs
-next to nothing.
+The settings come as a worker's do, by the environment. What it is to do comes line by line on standard input, each
+answered with a line of JSON: `start` when everything but reading has started, `read`, `count` as often as one likes,
+`end`. The time that counts is that from `read` to `end`. So neither imports nor compiling count, and the wait for the
+last flush costs next to nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from tests.bench.stages import LIBRDKAFKA, Moment, Stages, cpu_seconds, peak_rss_bytes, thread_name
 from tss import compiler, config, decide, logs
@@ -27,7 +30,9 @@ from tss.service import Service
 from tss.sink import Sink
 from tss.source import Source
 
+ROOT = Path(__file__).parent.parent.parent
 POLL_SECS = 0.1
+RUN_SECS = 900
 START_SECS = 120  # a cold start compiles
 SELF = Path("/proc/self")
 
@@ -58,96 +63,89 @@ SEAMS: tuple[tuple[Any, str, str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """`traces` to decide before the run ends; or `pending_spans` to have in Redis, none of them ever due."""
-
-    spans: int
-    traces: int
-    redis_pid: int
-    pending_spans: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
-    """CPU seconds by stage from the first record on, and what came of it."""
+    """CPU seconds by stage from the first record on, and what came of it; of several workers, their sum."""
 
     seconds: dict[str, float]
     spans: int
     kept_spans: int
     wall_secs: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int  # of the largest
     load: float
 
 
-class Run:
-    """A service whose reading waits until all else has started."""
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Of one worker, so far."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    spans: int
+    kept_spans: int
+    refused_spans: int
+    traces: int  # decided
+
+
+# --- in the worker's process -------------------------------------------------------------------------------------
+
+
+class Run:
+    """A service whose reading waits until it is told to begin."""
+
+    def __init__(self) -> None:
         self._stages = Stages()
         for owner, name, stage in SEAMS:
             self._stages.wrap(owner, name, stage)
         self._load = compiler.load
-        compiler.load = self._kernels_when_started  # the ingest loop's first call
+        compiler.load = self._kernels_when_told  # the ingest loop's first call
+        self._loaded = threading.Event()
         self._reading = threading.Event()
         settings = config.load(os.environ)
         logs.setup(settings.observability, settings.app.instance_id)
         self._service = Service(settings)
 
-    def _kernels_when_started(self, kernels: Literal["numba", "python"]) -> Kernels:
+    def _kernels_when_told(self, kernels: Literal["numba", "python"]) -> Kernels:
         loaded = self._load(kernels)
-        deadline = time.monotonic() + START_SECS
-        while not (self._service.started and all(writer.id for writer in self._service.writers)):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not started within {START_SECS} s: {self._service.status()}")
-            time.sleep(POLL_SECS)
-        self._begun_secs = time.monotonic()
-        self._redis_before = self._redis_seconds()
-        self._before = self._stages.moment()
-        self._reading.set()
+        self._loaded.set()
+        self._reading.wait()
         return replace(
             loaded,
             decode=self._stages.timed(DECODE, loaded.decode),
             span_table=self._stages.timed(ARROW, loaded.span_table),
         )
 
-    def _redis_seconds(self) -> float:
-        return cpu_seconds(Path(f"/proc/{self._order.redis_pid}"), with_children=True)
+    def start(self) -> object:
+        """Returns when only reading is left to begin."""
+        service = self._service
+        service.start()
+        deadline = time.monotonic() + START_SECS
+        while not (self._loaded.is_set() and service.started and all(w.id for w in service.writers)):
+            service.wait(POLL_SECS)  # raises what ended it
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not started within {START_SECS} s: {service.status()}")
+        return None
 
-    def go(self) -> Outcome:
-        """Ends the service, too."""
-        order = self._order
-        self._service.start()
-        while not self._reading.wait(POLL_SECS):
-            self._service.wait(0)  # raises what ended it
-        while not self._done():
-            self._service.wait(POLL_SECS)
-        wall_secs = time.monotonic() - self._begun_secs
-        after = self._stages.moment()
-        redis_seconds = self._redis_seconds() - self._redis_before
-        seconds = self._by_stage(self._before, after) | {REDIS: redis_seconds}
-        outcome = Outcome(
-            seconds={stage: round(secs, 4) for stage, secs in seconds.items()},
-            spans=self._count("spans_ingested_total"),
-            kept_spans=self._count("spans_exported_total"),
-            wall_secs=round(wall_secs, 3),
-            peak_rss_bytes=peak_rss_bytes(SELF),
-            load=os.getloadavg()[0],
-        )
-        lost = self._count("spans_rejected_total")
-        if lost or not (order.pending_spans or outcome.spans == order.spans):
-            raise AssertionError(f"read {outcome.spans} spans of {order.spans}, refused {lost}")
+    def read(self) -> object:
+        self._before = self._stages.moment()
+        self._reading.set()
+        return None
+
+    def count(self) -> object:
+        self._service.wait(0)
+        found = {
+            name: self._sum(f"{name}_total")
+            for name in ("spans_ingested", "spans_exported", "spans_rejected", "traces_ingested")
+        }
+        return list(found.values())
+
+    def end(self) -> object:
+        """CPU seconds by stage, and the most memory it took. Ends the service, too."""
+        seconds = self._by_stage(self._before, self._stages.moment())
+        peak = peak_rss_bytes(SELF)
         self._service.cancel()
         self._service.stop()
-        return outcome
+        return [seconds, peak]
 
-    def _done(self) -> bool:
-        if self._order.pending_spans:
-            return self._count("spans_ingested_total") >= self._order.pending_spans
-        return self._count("traces_ingested_total") >= self._order.traces
-
-    def _count(self, name: str) -> int:
-        """A counter of tss, summed over its labels."""
+    def _sum(self, name: str) -> int:
+        """A counter of tss, over its labels."""
         metric = getattr(self._service.metrics, name.removesuffix("_total"))
         return int(sum(s.value for family in metric.collect() for s in family.samples if "_total" in s.name))
 
@@ -170,8 +168,110 @@ class Run:
 
 
 def main() -> None:
-    outcome = Run(Order(**json.load(sys.stdin))).go()
-    json.dump(asdict(outcome), sys.stdout)
+    run = Run()
+    for line in sys.stdin:
+        print(json.dumps(getattr(run, line.strip())()), flush=True)
+    os._exit(0)  # whoever led it is gone, and threads may still wait to be told
+
+
+# --- who leads it ------------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A worker's process, started; its log is at hand when it fails."""
+
+    def __init__(self, env: Mapping[str, str], log: Path) -> None:
+        own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | dict(env)
+        self._log = log
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                cwd=ROOT,
+                env=own,
+            )
+
+    def send(self, word: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            print(word, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            self._failed()
+
+    def answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else self._failed()
+
+    def _failed(self) -> NoReturn:
+        self._process.wait()
+        raise SystemExit(f"a measured worker failed:\n{self._log.read_text()[-4000:]}")
+
+    def count(self) -> Count:
+        self.send("count")
+        return Count(*self.answer())
+
+    def close(self) -> None:
+        """Kills it where it has not ended by itself."""
+        with self._process:
+            self._process.kill()
+
+
+def measured(
+    envs: Sequence[Mapping[str, str]],
+    redis_pids: Sequence[int],
+    done: Callable[[Count], bool],
+    log: Path,
+    before_reading: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Workers of these settings read from the same moment on, until `done` with what they counted together."""
+    with ExitStack() as ends:
+        workers = []
+        for number, env in enumerate(envs):
+            workers.append(Measured(env, log.with_suffix(f".{number}.log")))
+            ends.callback(workers[-1].close)
+        _all(workers, "start")
+        before_reading()
+        begun_secs, redis_before = time.monotonic(), _redis_seconds(redis_pids)
+        _all(workers, "read")
+        while not done(counted := _sum_of([worker.count() for worker in workers])):
+            if time.monotonic() - begun_secs > RUN_SECS:
+                raise SystemExit(f"not done within {RUN_SECS} s: {counted}")
+            time.sleep(POLL_SECS)
+        wall_secs = time.monotonic() - begun_secs
+        redis_seconds = _redis_seconds(redis_pids) - redis_before
+        load = os.getloadavg()[0]
+        found = _all(workers, "end")
+    if counted.refused_spans:
+        raise AssertionError(f"refused {counted.refused_spans} spans")
+    seconds = {stage: round(sum(mine[stage] for mine, _ in found), 4) for stage in CLIENT_STAGES}
+    return Outcome(
+        seconds=seconds | {REDIS: round(redis_seconds, 4)},
+        spans=counted.spans,
+        kept_spans=counted.kept_spans,
+        wall_secs=round(wall_secs, 3),
+        peak_rss_bytes=max(peak for _, peak in found),
+        load=load,
+    )
+
+
+def _all(workers: Sequence[Measured], word: str) -> list[Any]:
+    """To each at once."""
+    for worker in workers:
+        worker.send(word)
+    return [worker.answer() for worker in workers]
+
+
+def _sum_of(counts: Sequence[Count]) -> Count:
+    return Count(*(sum(getattr(c, name) for c in counts) for name in Count.__slots__))
+
+
+def _redis_seconds(pids: Sequence[int]) -> float:
+    """With the children that rewrote its log."""
+    return sum(cpu_seconds(Path(f"/proc/{pid}"), with_children=True) for pid in pids)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,15 @@
 
 from tests.stack.install import InstallError, install
 from tests.stack.proxy import Fault, Lakekeeper, RestProxy
-from tests.stack.stack import Part, Stack, StackError, redis_part, s3_filesystem
+from tests.stack.stack import (
+    Part,
+    Stack,
+    StackError,
+    cluster_options,
+    join_cluster,
+    redis_part,
+    s3_filesystem,
+)
 
 __all__ = [
     "Fault",
@@ -15,7 +23,9 @@ __all__ = [
     "RestProxy",
     "Stack",
     "StackError",
+    "cluster_options",
     "install",
+    "join_cluster",
     "redis_part",
     "s3_filesystem",
 ]

@@ -17,11 +17,12 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import redis
 from confluent_kafka import KafkaException
@@ -287,6 +288,29 @@ def redis_part(folder: Path, port: int, binary: str | Path = "redis-server") -> 
     for name, value in options.items():
         command += [f"--{name}", value]
     return Part("redis", port, url, folder, command, ready, marker=f"{LOOPBACK}:{port}")
+
+
+CLUSTER_SLOTS = 16384
+
+
+def cluster_options() -> list[str]:
+    """What makes a Redis part one that can join a cluster; the last is the port that nodes talk on."""
+    return ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+
+
+def join_cluster(parts: Sequence[Part]) -> None:
+    """Masters that were started with `cluster_options` last share the slots."""
+    nodes: list[Any] = [redis.Redis.from_url(part.url, socket_timeout=ANSWER_SECS) for part in parts]
+    try:
+        for i, node in enumerate(nodes):
+            first, end = (CLUSTER_SLOTS * n // len(nodes) for n in (i, i + 1))
+            node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            node.execute_command("CLUSTER", "MEET", LOOPBACK, parts[0].port, parts[0].command[-1])
+        while not all(b"cluster_state:ok" in node.execute_command("CLUSTER", "INFO") for node in nodes):
+            time.sleep(POLL_SECS)
+    finally:
+        for node in nodes:
+            node.close()
 
 
 def _minio_part(folder: Path, port: int, binary: Path) -> Part:
