@@ -15,6 +15,7 @@ from tests.chaos.report import Series
 from tests.chaos.runs import IDLE_SECS, TRACES_PER_SEC, settle, strike
 from tests.chaos.truth import Stream, compare
 from tests.e2e.conftest import PARTITIONS
+from tests.stack.install import say
 
 WORKERS = 2
 PAUSE_SECS = (2.0, 8.0)  # between two faults: some find a calm fleet, some one that still recovers
@@ -85,6 +86,7 @@ def soak(fleet: Fleet, minutes: float, seed: int) -> tuple[Series, list[Sample],
         while time.monotonic() < end:
             fault = fleet.rng.choice(possible)
             done.append(fault.name)
+            say(f"  {(end - time.monotonic()) / 60:.1f} min to go, {len(stream.traces)} traces sent: {fault.name}")
             broken += [f"{fault.name}: {what}" for what in strike(fault, fleet)]
             fleet.scale(WORKERS)
             time.sleep(fleet.rng.uniform(*PAUSE_SECS))
