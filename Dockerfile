@@ -2,6 +2,8 @@
 ARG PYTHON=python:3.13.14-slim-trixie
 
 FROM ${PYTHON} AS build
+# Kernels that run on every processor of the platform. What is said here is said again where they are looked for.
+ENV NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/opt/tss/kernels
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m venv --without-pip /opt/tss
@@ -15,7 +17,8 @@ RUN grep -oE '^[^ #]+==[^ ;]+' requirements-dev.lock >/tmp/pins.txt \
 COPY pyproject.toml README.md LICENSE ./
 COPY tss ./tss
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
- && pip --python /opt/tss/bin/python install --no-deps --no-index /dist/*.whl
+ && pip --python /opt/tss/bin/python install --no-deps --no-index /dist/*.whl \
+ && /opt/tss/bin/python -P -m tss.compiler
 
 FROM ${PYTHON}
 LABEL org.opencontainers.image.title="tss" \
@@ -24,6 +27,8 @@ LABEL org.opencontainers.image.title="tss" \
       org.opencontainers.image.licenses="Apache-2.0"
 # Bytecode came with the installation, and the root may be read-only.
 ENV PATH="/opt/tss/bin:${PATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# And so did the kernels: with the processor that is named here, no worker compiles.
+ENV NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/opt/tss/kernels
 # Only for storage.storage_type=local, whose path is relative: mount a volume here. A new one takes over this owner.
 RUN install -d -o 10001 -g 10001 /var/lib/tss
 WORKDIR /var/lib/tss

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+import numba
 import numpy as np
 import pyarrow as pa
 from google.protobuf.message import DecodeError
@@ -41,6 +42,12 @@ BATCH = 48  # mutants compared together
 SHARD = 100_000  # mutants of one seed
 PROGRESS_SECS = 30
 FAULTS_MAX = 20  # shards that differ before a run gives up
+
+
+def from_python(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """What kernels call, to be called from here: most have no way in of their own."""
+    outer: Callable[..., Any] = numba.njit(lambda *arguments: inner(*arguments))
+    return outer
 
 
 def rule_set(*matches: dict[str, Any]) -> RuleSet:

@@ -135,6 +135,9 @@ class Metrics:
         )
         self.queries = self._counter("queries", "SQL queries, by outcome.", "outcome")
         self.query_seconds = self._histogram("query_seconds", "Time of a SQL query.")
+        self.kernels_compiled = self._gauge(
+            "kernels_compiled", "1 while the hot path is compiled, 0 while the slow twins do its work."
+        )
         self.ready = self._gauge("ready", "1 while this process is ready.")
         self.build = Info(f"{PREFIX}_build", "Version of tss.", registry=self.registry)
 

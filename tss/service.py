@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
@@ -54,6 +54,7 @@ class Service:
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._drained = threading.Event()
+        self._kernels_known = threading.Event()
         self._fault: BaseException | None = None
         self._steps: dict[str, float] = {}
         self._faults: dict[str, str | None] = {}
@@ -61,6 +62,7 @@ class Service:
         self._rule_failures = 0
         self.draining = False
         self.started = False
+        self.kernels: Literal["loading", "compiling", "compiled", "python"] = "loading"
         self.metrics = Metrics()
         self.metrics.build.info({"version": __version__})
         self.api_port = self.metrics_port = 0
@@ -82,6 +84,7 @@ class Service:
             clock=self._clock,
         )
         self.writers = [self._writer(number) for number in range(settings.app.evaluation_workers)]
+        self._run("kernels", self._load_kernels)
         self._serve()
 
         log.info("Initializing Iceberg storage backend")
@@ -205,11 +208,26 @@ class Service:
                 if not more:
                     self._stop.wait(pause_secs)
 
+    def _load_kernels(self) -> None:
+        """Both halves begin with the slow twins and change between two batches."""
+        try:
+            kernels = compiler.load_cached(self.settings.app.kernels)
+            if kernels is None:
+                self.kernels = "compiling"
+                self._kernels_known.set()
+                kernels = compiler.compile_apart(self._stop)
+            self.ingest.kernels = kernels
+            for writer in self.writers:
+                writer.kernels = kernels
+        finally:
+            self._kernels_known.set()
+        self.kernels = "python" if kernels is compiler.PYTHON else "compiled"
+        self.metrics.kernels_compiled.set(self.kernels == "compiled")
+        if not self._stop.is_set():
+            log.info("Kernels: %s", self.kernels)
+
     def _take_in(self) -> None:
-        kernels = compiler.load(self.settings.app.kernels)
-        self.ingest.kernels = kernels
-        for writer in self.writers:
-            writer.kernels = kernels
+        self._kernels_known.wait()  # half a second; compiling is not waited for
         self._loop("ingest", lambda now: self.ingest.step(now) >= 0, self.ingest.recover, 0)
         self.ingest.close()
 
@@ -352,6 +370,7 @@ class Service:
         wall_ms = self._clock.now().wall_ms
         oldest_ms = usage.oldest_ms if usage else None
         return {
+            "kernels": self.kernels,
             "paused": self.ingest.source.paused,
             "partitions": self.ingest.source.partition_count,
             "assigned_partitions": sorted(self.ingest.source.assigned),

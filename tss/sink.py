@@ -39,7 +39,6 @@ import requests
 from numpy.typing import NDArray
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.rest import RestCatalog
-from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import (
     CommitFailedException,
     CommitStateUnknownException,
@@ -72,8 +71,6 @@ from pyiceberg.table.sorting import SortField, SortOrder
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import TimestampType, TimestamptzType
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
 
 from tss import config
 from tss.errors import ConfigError, Fenced, Unavailable
@@ -140,6 +137,7 @@ class Sink:
         self._epochs_property = f"tss.epochs.{group}"
         self._metrics = metrics
         self._catalog: Catalog | None = None
+        self._catalog_errors = _catalog_errors(settings)
         self._commit_lock = threading.Lock()
         self.fault: str | None = "not connected yet"
         self.heard_secs: float | None = None
@@ -297,9 +295,15 @@ class Sink:
         if len(snapshots) <= keep + keep // 2:
             return
         oldest_kept = from_millis(snapshots[-keep].timestamp_ms)
+        faults: tuple[type[Exception], ...] = (
+            CommitFailedException,
+            *self._catalog_errors,
+            OSError,
+            ValueError,
+        )
         try:
             table.maintenance.expire_snapshots().older_than(oldest_kept.replace(tzinfo=None)).commit()
-        except (CommitFailedException, RESTError, SQLAlchemyError, OSError, ValueError) as fault:
+        except faults as fault:
             # ValueError: another worker expired them just now. Whatever it is, the rows have landed.
             log.debug("Snapshots of %s are left to the next commit: %s", table.name(), fault)
 
@@ -409,7 +413,7 @@ class _Outside:
                 return
             case CommitStateUnknownException():
                 self._sink._metrics.commit_retries.labels("unknown_outcome").inc()
-            case requests.RequestException() | RESTError() | SQLAlchemyError():
+            case _ if isinstance(fault, self._sink._catalog_errors):
                 if self._what == "commit":
                     self._sink._metrics.commit_retries.labels("unknown_outcome").inc()
             case NoSuchTableError() | NoSuchNamespaceError():
@@ -474,9 +478,21 @@ def _catalog(settings: config.Storage) -> Catalog:
         if set("#?") & set(str(folder)):  # file locations are URLs, which would end there
             raise ConfigError(f"storage.local.path is {folder}: choose a folder without # and ? in its path")
         folder.mkdir(parents=True, exist_ok=True)
+        from pyiceberg.catalog.sql import SqlCatalog
+        from sqlalchemy.engine import URL
+
         database = URL.create("sqlite", database=f"{folder}/catalog.db").render_as_string()
         return SqlCatalog("tss", uri=database, warehouse=f"file://{folder}/warehouse")
     return _BoundedRestCatalog("tss", **_rest_properties(settings))
+
+
+def _catalog_errors(settings: config.Storage) -> tuple[type[Exception], ...]:
+    """What a catalog raises that does not answer. SQLAlchemy is a seventh of a start, and REST does without."""
+    if settings.storage_type == "local":
+        from sqlalchemy.exc import SQLAlchemyError
+
+        return (SQLAlchemyError,)
+    return (requests.RequestException, RESTError)
 
 
 def _rest_properties(settings: config.Storage) -> dict[str, str]:
