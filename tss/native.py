@@ -38,7 +38,9 @@ UInt: TypeAlias = Any  # an np.uint64
 
 
 # Kernels allocate nothing, so references need no counting: `_nrt` off leaves that out, half of the time.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
+# What only kernels call has no way in from Python, which would be a fifth of all compiling: Python that calls it crashes.
+WITHIN = OPTIONS | {"no_cpython_wrapper": True}
 
 
 def kernel(function: Compiled) -> Compiled:
@@ -50,17 +52,17 @@ def kernel(function: Compiled) -> Compiled:
 
 def inner(function: Compiled) -> Compiled:
     """Called by kernels only, compiled as a part of each."""
-    return cast("Compiled", numba.njit(**OPTIONS)(function))
+    return cast("Compiled", numba.njit(**WITHIN)(function))
 
 
 def merged(function: Compiled) -> Compiled:
     """The same as source: a level less at which all is optimised."""
-    return cast("Compiled", numba.njit(inline="always", **OPTIONS)(function))
+    return cast("Compiled", numba.njit(inline="always", **WITHIN)(function))
 
 
 def pasted(function: Compiled) -> Compiled:
     """The same, written into its caller: a call that hands on whole tables costs more than what it does."""
-    return cast("Compiled", numba.njit(forceinline=True, **OPTIONS)(function))
+    return cast("Compiled", numba.njit(forceinline=True, **WITHIN)(function))
 
 
 KERNELS: list[Any] = []
