@@ -86,7 +86,9 @@ def soak(fleet: Fleet, minutes: float, seed: int) -> tuple[Series, list[Sample],
         while time.monotonic() < end:
             fault = fleet.rng.choice(possible)
             done.append(fault.name)
-            say(f"  {(end - time.monotonic()) / 60:.1f} min to go, {len(stream.traces)} traces sent: {fault.name}")
+            say(
+                f"  {(end - time.monotonic()) / 60:.1f} min to go, {len(stream.traces)} traces sent: {fault.name}"
+            )
             broken += [f"{fault.name}: {what}" for what in strike(fault, fleet)]
             fleet.scale(WORKERS)
             time.sleep(fleet.rng.uniform(*PAUSE_SECS))
