@@ -9,7 +9,10 @@ protobuf class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opentelemetry.proto.common.v1.common_pb2 import (
@@ -23,6 +26,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status, TracesData
 
 from tss.model import SPAN_ID_BYTES, TRACE_ID_BYTES, Record
+from tss.packing import Dictionary, Training
 from tss.wire import Decoded
 
 START_MS = 1_800_000_000_000  # when traces of these builders start
@@ -183,3 +187,23 @@ def nested(depth: int) -> object:
     for _ in range(depth):
         value = [value]
     return value
+
+
+# --- dictionaries ------------------------------------------------------------------------------------------------
+
+
+class _Quick(Training):
+    """Makes another dictionary of every sample, however small: the same common part, and the sample's hash."""
+
+    def make(self, samples: Sequence[bytes]) -> Dictionary:
+        return Dictionary.named(_common_part() + hashlib.sha256(b"".join(samples)).digest())
+
+
+@functools.cache
+def _common_part() -> bytes:
+    letters = random.Random(1)
+    samples = [bytes(letters.choices(b"abcdefgh", k=40)) * 3 for _ in range(200)]
+    return Training(dictionary_bytes=1024).make(samples).content
+
+
+QUICK = _Quick(sample_bytes=200, sample_batch_bytes=200, samples_min=1, run=lambda job: job())

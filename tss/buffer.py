@@ -16,8 +16,11 @@ a Redis Cluster. Every shard is complete in itself: one MULTI or one script on o
     {tss:n}:clock      hash    partition → "<log time> <stamp> <epoch>"
     {tss:n}:spans      string  spans pending or claimed
     {tss:n}:epoch      string  the life of this Redis; absent = wiped
+    {tss:n}:z:<id>     string  a dictionary that payloads of this shard are packed with (`tss.packing`)
+    {tss:0}:packing    string  id of the dictionary that the fleet packs with
 
-Payload keys have no expiry, ever: they have an owner. Verdicts expire once released; nothing else outlives its use.
+Payload keys have no expiry, ever: they have an owner. Dictionaries have none either, as payloads need them. Verdicts
+expire once released; nothing else outlives its use.
 Where spans come late for ever, a verdict does not expire, but what landed longer ago than its time is forgotten.
 
 A connection belongs to one run of one server. redis-py's clients reconnect and retry by themselves, which would
@@ -29,19 +32,18 @@ key a span (a round trip each), eviction and TTLs on payloads (they lose silentl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
 import socket
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import hiredis
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from redis import crc
 from redis.backoff import NoBackoff
@@ -53,6 +55,7 @@ from tss import config, crashpoints, resp
 from tss.clock import SYSTEM, Clock
 from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
 from tss.model import FACTS, ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
+from tss.packing import Dictionary, Packing, Training, Unpacking
 from tss.resp import ChunkWrites, Command, Placed, Request
 
 log = logging.getLogger("tss")
@@ -64,11 +67,9 @@ WAITAOF_TIMEOUT_MS = 10_000
 RECEIVE_BYTES = 1 << 18
 ID_BYTES = 16
 NOTHING_LANDED: frozenset[tuple[int, int]] = frozenset()
-# A payload that is packed begins with this byte and its size in four more; a plain one begins with 0x0A, the tag of
-# its first field. LZ4 costs 0.5 us a span and saves the server 2: it reads, stores and logs a fourth of the bytes.
-PACKED = b"\x01"
-PACKED_HEAD = struct.Struct("<cI")
-LZ4 = pa.Codec("lz4_raw")
+DICTIONARY_LOOK_SECS = 5.0  # how often a reader without one asks whether the fleet has one
+GUARD_COMMANDS = 2  # in front of a transaction that needs a dictionary
+DICTIONARY_TRIES = 3  # of a batch; a copy that is gone again so often is being deleted by somebody
 # What a server says while it reads its data, waits for its master or runs a long script; anything else is for people.
 PASSING_REFUSALS = ("LOADING ", "BUSY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MISCONF ")
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
@@ -385,7 +386,32 @@ return {'ok'}
 """
 )
 
-SCRIPTS = (CLAIM, RECORD, TURN, RELEASE, FREE, RENEW, ENROLL)
+# Step 3. Where a dictionary is missing, its key is touched, so that a transaction that watches it fails. It is sent
+# whole each time: if the server had forgotten it, the transaction would not fail.
+NEED = Script(
+    _FULL_MEMORY
+    + """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+redis.call('SET', KEYS[1], '')
+redis.call('DEL', KEYS[1])
+return 0
+"""
+)
+
+# The dictionary that the fleet packs with: the one that is there, else the one given, if one is.
+AGREE = Script(
+    """#!lua
+local tag = ARGV[1]
+local id = redis.call('GET', tag .. 'packing')
+local held = id and redis.call('GET', tag .. 'z:' .. id)
+if held or ARGV[3] == '' then return held end
+redis.call('SET', tag .. 'z:' .. ARGV[2], ARGV[3])
+redis.call('SET', tag .. 'packing', ARGV[2])
+return ARGV[3]
+"""
+)
+
+SCRIPTS = (CLAIM, RECORD, TURN, RELEASE, FREE, RENEW, ENROLL, AGREE)
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -560,6 +586,7 @@ class Buffer:
         settings: config.Redis,
         clock: Clock = SYSTEM,
         link: Callable[[config.Redis, Node | None], Link] | None = None,
+        training: Training = Training(),  # noqa: B008
     ) -> None:
         """Step 1: connects, and reads the run of every node and the epoch. `link` replaces how one connects."""
         self._shards = settings.shards
@@ -570,7 +597,9 @@ class Buffer:
         self.persistence = [_persistence(link) for link in self._links]
         self._budget = settings.max_memory_bytes or sum(_server_budget(link) for link in self._links)
         self._repeated = [0] * self._shards
-        self._pack_payload = _packed if settings.compression == "lz4" else bytes
+        self._packing = Packing(settings.compression, training)
+        self._unpacking = Unpacking()
+        self._next_look_secs = 0.0
 
     def close(self) -> None:
         for link in self._links:
@@ -675,12 +704,14 @@ class Buffer:
 
         Returns how many spans the server held already in an identical chunk.
         """
+        if len(chunks) and self._packing.wants_dictionary:
+            self._look_for_dictionary(chunks)
         entries = [part for p, at in clocks.items() for part in (str(p), f"{at} {now_ms} {self.epoch}")]
         shards = shard_of(chunks.trace_ids, self._shards)
         order = np.argsort(shards, kind="stable")
         placed = Placed(
             chunks,
-            [self._pack_payload(payload) for payload in _payloads(chunks)],
+            self._packing.pack(chunks),
             order,
             np.searchsorted(shards[order], np.arange(self._shards + 1)),
             [_tag(shard) for shard in range(self._shards)],
@@ -692,7 +723,7 @@ class Buffer:
         }
         repeated = 0
         refusals: list[Any] = []
-        for shard, replies in self._exchanged(requests).items():
+        for shard, replies in self._written(requests, placed).items():
             result = replies[-1]
             if isinstance(result, Exception):
                 refusals += replies
@@ -704,6 +735,50 @@ class Buffer:
             repeated += again
         _raise_first(refusals)
         return repeated
+
+    def _written(self, requests: dict[int, Request], placed: Placed) -> dict[int, list[Any]]:
+        """Sends transactions; where payloads need a dictionary, they are written only while its copy is there."""
+        dictionary = self._packing.dictionary
+        if dictionary is None:
+            return self._exchanged(requests)
+        guarded = {
+            shard: self._needing(dictionary, shard, request)
+            for shard, request in requests.items()
+            if len(placed.rows(shard))
+        }
+        replies: dict[int, list[Any]] = {}
+        sending = requests | guarded
+        for _ in range(DICTIONARY_TRIES):
+            replies |= self._exchanged(sending)
+            _raise_first(itertools.chain(*(replies[shard][:GUARD_COMMANDS] for shard in guarded)))
+            sending = {shard: guarded[shard] for shard in guarded if replies[shard][-1] is None}
+            if not sending:
+                return replies
+            key = functools.partial(_dictionary_key, number=dictionary.id)
+            self._all({shard: [("SET", key(shard), dictionary.content, "NX")] for shard in sending})
+        raise LinkLost(
+            f"somebody deletes {_dictionary_key(min(sending), dictionary.id).decode()} again and again"
+        )
+
+    @staticmethod
+    def _needing(dictionary: Dictionary, shard: int, request: Request) -> Request:
+        key = _dictionary_key(shard, dictionary.id)
+        guard = resp.pack([("WATCH", key), ("EVAL", NEED.text, 1, key)])
+        return Request(guard + request.packed, GUARD_COMMANDS + request.commands)
+
+    def _look_for_dictionary(self, chunks: Chunks) -> None:
+        """Adopts the fleet's; while it has none, takes part in making one."""
+        self._packing.sample(chunks)
+        made, now_secs = self._packing.trained, self._clock.now().mono_secs
+        if made is None and now_secs < self._next_look_secs:
+            return
+        self._next_look_secs = now_secs + DICTIONARY_LOOK_SECS
+        given = (str(made.id), made.content) if made else ("", b"")
+        command = ("EVALSHA", AGREE.sha, 1, _tag(0), _tag(0), *given)
+        ((content,),) = self._all({0: [command]}).values()
+        if content and (found := Dictionary(content)).is_whole:
+            self._packing.adopt(found)
+            log.info("Payloads are packed with dictionary %d of %d bytes", found.id, len(content))
 
     def _transaction(
         self,
@@ -826,9 +901,27 @@ class Buffer:
         ]
 
     def payloads(self, trace_ids: Sequence[bytes]) -> list[dict[bytes, bytes]]:
-        """Field → payload of claimed traces."""
-        replies = self._each(trace_ids, b"HGETALL")
-        return [dict(zip(pairs[::2], map(_unpacked, pairs[1::2]), strict=True)) for pairs in replies]
+        """Field → payload of claimed traces. Raises Unavailable where the dictionary of one is gone."""
+        found = []
+        unpack = self._unpacking.unpack
+        finds = [functools.partial(self._find_dictionary, shard) for shard in range(self._shards)]
+        replies = zip(self._shards_of(trace_ids), self._each(trace_ids, b"HGETALL"), strict=True)
+        for shard, pairs in replies:
+            plain = (unpack(payload, finds[shard]) for payload in pairs[1::2])
+            found.append(dict(zip(pairs[::2], plain, strict=True)))
+        return found
+
+    def _find_dictionary(self, shard: int, number: int) -> Dictionary:
+        key = _dictionary_key(shard, number)
+        ((content,),) = self._all({shard: [("GET", key)]}).values()
+        if content is None or not (found := Dictionary(content)).is_whole or found.id != number:
+            raise Unavailable(
+                "Redis",
+                "redis.compression",
+                f"pending spans are packed with the dictionary {key.decode()}, which was deleted or overwritten. A "
+                "worker that still packs with it brings it back; else empty this Redis, and Kafka is read again",
+            )
+        return found
 
     def _each(self, trace_ids: Sequence[bytes], command: bytes) -> list[Any]:
         """One read of each claimed trace, in the order given."""
@@ -992,24 +1085,6 @@ class Buffer:
         return True
 
 
-def _payloads(chunks: Chunks) -> Iterator[memoryview]:
-    packed = memoryview(chunks.buffer)
-    for at, end in zip(chunks.payload_at.tolist(), chunks.field_at[1:].tolist(), strict=True):
-        yield packed[at:end]
-
-
-def _packed(payload: memoryview) -> bytes:
-    return PACKED_HEAD.pack(PACKED, len(payload)) + LZ4.compress(payload, asbytes=True)
-
-
-def _unpacked(payload: bytes) -> bytes:
-    if payload[:1] != PACKED:
-        return payload
-    size = PACKED_HEAD.unpack_from(payload)[1]
-    plain: bytes = LZ4.decompress(memoryview(payload)[PACKED_HEAD.size :], size, asbytes=True)
-    return plain
-
-
 def _by_shard(shards: Sequence[int], values: Sequence[bytes]) -> dict[int, list[bytes]]:
     found: dict[int, list[bytes]] = {}
     for shard, value in zip(shards, values, strict=True):
@@ -1028,6 +1103,10 @@ def _recorded(reply: Any, candidate: Recorded) -> Recorded | None:
 
 def _tag(shard: int) -> bytes:
     return b"{tss:%d}:" % shard
+
+
+def _dictionary_key(shard: int, number: int) -> bytes:
+    return _tag(shard) + b"z:%d" % number
 
 
 def _claim_key(shard: int, writer: str, sequence: int) -> bytes:

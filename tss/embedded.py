@@ -181,6 +181,7 @@ class EmbeddedRedis:
                 *(binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(self._folder)),
                 *("--logfile", str(log), "--daemonize", "no", "--save", ""),
                 *("--appendonly", "yes", "--appendfsync", "everysec"),
+                *("--hash-max-listpack-value", "1024"),  # the chunks of a trace lie in one piece of memory
                 *("--maxmemory", str(max_memory_bytes), "--maxmemory-policy", "noeviction"),
                 *(("--unixsocket", str(socket_path), "--unixsocketperm", "700") if fits else ()),
             ]

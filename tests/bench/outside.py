@@ -22,6 +22,7 @@ from tests.stack.install import locate
 from tss.embedded import EmbeddedKafka, EmbeddedRedis
 
 REDIS_LOG_BYTES = 1 << 30  # before it is rewritten: as docker-compose.yml has it
+REDIS_LISTPACK_BYTES = 1024  # of a value: as docker-compose.yml has it
 REDIS_MAX_BYTES = 8 << 30  # never reached at the default size; a topic of millions may pile up in it
 WORKER = {
     "TSS__KAFKA__AUTO_OFFSET_RESET": "earliest",
@@ -139,7 +140,11 @@ def _redis(folder: Path, nodes: int) -> Iterator[Servers]:
         if nodes > 1:
             join_cluster(parts)
         servers = Servers([part.url for part in parts])
-        servers.set(maxmemory=REDIS_MAX_BYTES // nodes, auto_aof_rewrite_min_size=REDIS_LOG_BYTES)
+        servers.set(
+            maxmemory=REDIS_MAX_BYTES // nodes,
+            auto_aof_rewrite_min_size=REDIS_LOG_BYTES,
+            hash_max_listpack_value=REDIS_LISTPACK_BYTES,
+        )
         yield servers
 
 

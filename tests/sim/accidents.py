@@ -6,6 +6,7 @@ with it, where none may. The histories are `tests.sim.kept.ACCIDENTS`; `find` lo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -338,6 +339,22 @@ def verdicts_outlived() -> AbstractContextManager[object]:
     return patch.object(Source, "_check_age", lambda *_: None)
 
 
+def copies_trusted() -> AbstractContextManager[object]:
+    """A reader that has put its dictionary on a shard once does not look again whether it is still there."""
+    told: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+    def trusting(self: Buffer, requests: dict[int, Request], _: Placed) -> dict[int, list[Any]]:
+        dictionary = self._packing.dictionary
+        if dictionary is not None and self not in told:
+            key = b"{tss:%d}:z:%d"
+            shards = range(self._shards)
+            self._all({s: [("SET", key % (s, dictionary.id), dictionary.content)] for s in shards})
+            told.add(self)
+        return self._exchanged(requests)
+
+    return patch.object(Buffer, "_written", trusting)
+
+
 @dataclass(frozen=True, slots=True)
 class Accident:
     """How the rule is taken out, and the law that sees what comes of it."""
@@ -371,6 +388,7 @@ ACCIDENTS: dict[str, Accident] = {
     "low not handed on": Accident(low_not_handed_on, "conservation"),
     "verdicts outlived": Accident(verdicts_outlived, "conservation"),
     "one author for all lives": Accident(one_author_for_all_lives, "conservation"),
+    "copies trusted": Accident(copies_trusted, "keys_are_owned"),
     "turned by each": Accident(turned_by_each, "nothing_doubled"),
     "turned again": Accident(turned_again, "one_verdict"),
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.builders import QUICK
 from tests.sim.iceberg import Catalog, SimTables
 from tests.sim.kafka import Broker
 from tests.sim.links import Nodes
@@ -125,7 +126,8 @@ class Worker:
         self._stop.set()
 
     def _connect(self) -> Buffer:
-        return Buffer(self._settings.redis, self._clock, self._fleet.nodes.opener(self.process))
+        opener = self._fleet.nodes.opener(self.process)
+        return Buffer(self._settings.redis, self._clock, opener, QUICK)
 
     def _loop(self, step: Callable[[Now], bool], forget: Callable[[Any], None], pause_secs: float) -> None:
         failures = 0

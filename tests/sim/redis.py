@@ -9,12 +9,15 @@ one script. What is younger than the last fsync may be gone after a restart, fro
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lupa import lua51
 from redis.exceptions import ResponseError
+
+from tss.packing import dictionary_of
 
 FSYNC_SECS = 2.0  # appendfsync everysec: what is older is on disk
 USED_MEMORY_BASE = 1 << 20
@@ -66,6 +69,7 @@ class Store:
         self.keys: dict[bytes, Value] = {}
         self.expiries: dict[bytes, int] = {}
         self._now_ms = now_ms
+        self.touched: Counter[bytes] = Counter()  # strings, which are all that is ever watched
         self.written: list[tuple[bytes, ...]] = []
 
     # Writes with their arguments are kept for the disk; a relative expiry is kept as an absolute one, as Redis does.
@@ -104,6 +108,7 @@ class Store:
     def delete(self, *keys: bytes) -> int:
         for key in keys:
             self.expiries.pop(key, None)
+            self.touched[key] += key in self.keys
         return sum(self.keys.pop(key, None) is not None for key in keys)
 
     def renamenx(self, old: bytes, new: bytes) -> int:
@@ -133,6 +138,7 @@ class Store:
         return self.expiries[key] - self._now_ms() if key in self.expiries else -1
 
     def flushall(self, *_: bytes) -> Ok:
+        self.touched.update(self.keys.keys())
         self.keys.clear()
         self.expiries.clear()
         return OK
@@ -155,6 +161,7 @@ class Store:
         before = self.keys.get(key)
         if b"NX" not in words or before is None:
             self.keys[key] = value
+            self.touched[key] += 1
             self.expiries.pop(key, None)
             if b"EX" in words:
                 self.expiries[key] = self._now_ms() + 1000 * int(options[words.index(b"EX") + 1])
@@ -443,6 +450,7 @@ class Session:
 
     queued: list[Sequence[bytes]] | None = None
     refused: bool = False
+    watched: dict[bytes, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -506,6 +514,9 @@ class Server:
                 return OK
             if name == b"EXEC":
                 return self._exec(session)
+            if name == b"WATCH":
+                session.watched |= {key: self.store.touched[key] for key in parts[1:]}
+                return OK
             if session.queued is not None:
                 if self.full and name in GROWING:
                     session.refused = True
@@ -518,10 +529,13 @@ class Server:
 
     def _exec(self, session: Session) -> Reply:
         queued, session.queued = session.queued, None
+        watched, session.watched = session.watched, {}
         if queued is None:
             return ResponseError("ERR EXEC without MULTI")
         if session.refused:
             return ResponseError("EXECABORT Transaction discarded because of previous errors.")
+        if any(self.store.touched[key] != times for key, times in watched.items()):
+            return None
         self.transactions += 1
         return self._unit(lambda: [self.store.run(parts) for parts in queued])
 
@@ -537,6 +551,8 @@ class Server:
         match name:
             case b"EVALSHA":
                 return self._script(parts)
+            case b"EVAL":
+                return self._script((name, self._load(parts[1].decode()), *parts[2:]))
             case b"TIME":
                 millis = self.now_ms()
                 return [b"%d" % (millis // 1000), b"%d" % (millis % 1000 * 1000)]
@@ -644,6 +660,12 @@ def faults(servers: Iterable[Server], shards: int) -> list[str]:
             match name[:2]:
                 case b"t:" | b"x:":
                     fine = not expires
+                    needed = {dictionary_of(payload) for payload in keys[key][1].values()} - {0}
+                    found += [
+                        f"{where}no dictionary {i} for {name!r}" for i in needed if b"z:%d" % i not in mine
+                    ]
+                case b"z:":
+                    fine = not expires
                 case b"c:":
                     fine = name[2:] in opened and not expires
                 case b"d:":
@@ -655,4 +677,6 @@ def faults(servers: Iterable[Server], shards: int) -> list[str]:
     return found
 
 
-FIXED = frozenset((b"seen", b"born", b"root", b"open", b"live", b"clock", b"spans", b"epoch", b"next-epoch"))
+FIXED = frozenset(
+    (b"seen", b"born", b"root", b"open", b"live", b"clock", b"spans", b"epoch", b"next-epoch", b"packing")
+)
