@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -55,10 +54,6 @@ class Recorded(Training):
 SAMPLES: list[Sequence[bytes]] = []
 
 
-def at_once(job: Callable[[], None]) -> None:
-    job()
-
-
 @pytest.mark.parametrize("form", ["none", "lz4", "zstd"])
 def test_what_is_packed_unpacks_to_the_same(form: Form) -> None:
     """Without a dictionary at hand, nobody needs one."""
@@ -99,27 +94,25 @@ def test_a_dictionary_is_named_by_its_content() -> None:
     assert not any(Dictionary(bad).is_whole for bad in (b"", one.content[:8], one.content + b"!"))
 
 
-def test_the_sample_is_bounded_and_taken_from_several_batches() -> None:
-    """Of each batch a part, spread over it; of a large payload its beginning; and nothing after it is enough."""
+def test_the_sample_is_bounded_and_may_take_several_batches() -> None:
+    """Spread over a batch that is more than enough; of a large payload its beginning; and nothing after that."""
     SAMPLES.clear()
-    packing = Packing(
-        "zstd", Recorded(sample_bytes=6000, sample_batch_bytes=2000, samples_min=1, run=at_once)
-    )
-    batches = [chunks(1000 * i) for i in range(6)]
-    rounds = 0
-    for batch in batches:
-        rounds += not SAMPLES
-        packing.sample(batch)
-    assert rounds == 3
+    packing = Packing("zstd", Recorded(sample_bytes=20_000, samples_min=1))
+    small, large_batch = chunks(1, 20), chunks(1000, 1000)
+    packing.sample(small)
+    assert not SAMPLES
+    packing.sample(large_batch)
+    packing.sample(chunks(5000))
     (samples,) = SAMPLES
-    assert 6000 <= sum(map(len, samples)) < 2 * 6000
-    assert {plain(batches[i])[0] for i in range(3)} <= set(samples)
+    assert 20_000 <= sum(map(len, samples)) < 2 * 20_000
+    assert set(plain(small)) < set(samples)
+    assert set(samples) & set(plain(large_batch)[900:]), "spread over the batch"
     assert packing.trained is not None
 
     large = random.Random(1).randbytes(3 * SAMPLE_PAYLOAD_BYTES)
     at = np.array([0], np.int64)
-    one = Chunks(batches[0].trace_ids[:1], batches[0].facts[:1], large, np.array([0, len(large)]), at)
-    packing = Packing("zstd", Recorded(sample_bytes=1, samples_min=1, run=at_once))
+    one = Chunks(small.trace_ids[:1], small.facts[:1], large, np.array([0, len(large)]), at)
+    packing = Packing("zstd", Recorded(sample_bytes=1, samples_min=1))
     packing.sample(one)
     assert SAMPLES[1] == [large[:SAMPLE_PAYLOAD_BYTES]]
 
@@ -127,11 +120,11 @@ def test_the_sample_is_bounded_and_taken_from_several_batches() -> None:
 def test_few_payloads_are_no_sample(caplog: pytest.LogCaptureFixture) -> None:
     """However large: nothing can be learned from them. What cannot be trained stays with LZ4, and the log says so."""
     SAMPLES.clear()
-    packing = Packing("zstd", Recorded(sample_bytes=10, samples_min=250, run=at_once))
+    packing = Packing("zstd", Recorded(sample_bytes=10, samples_min=250))
     for i in range(2):
         packing.sample(chunks(1000 * i))
     assert not SAMPLES
-    packing = Packing("zstd", Training(sample_bytes=10, samples_min=1, run=at_once))
+    packing = Packing("zstd", Training(sample_bytes=10, samples_min=1))
     packing.sample(chunks(1, 1))
     assert packing.trained is None
     assert packing.wants_dictionary
@@ -139,13 +132,11 @@ def test_few_payloads_are_no_sample(caplog: pytest.LogCaptureFixture) -> None:
     assert [Unpacking().unpack(p, unknown) for p in packing.pack(chunks(7))] == plain(chunks(7))
 
 
-def test_training_takes_a_thread_of_its_own() -> None:
-    """Reading goes on meanwhile, and what comes of it can be adopted."""
+def test_what_was_learned_can_be_adopted() -> None:
+    """A sample makes a dictionary, and with it no more is wanted."""
     packing = Packing("zstd", Training(1024, sample_bytes=5000, samples_min=10))
+    assert packing.wants_dictionary
     packing.sample(chunks(1, 1000))
-    for thread in threading.enumerate():
-        if thread.name == "dictionary":
-            thread.join()
     made = packing.trained
     assert made is not None
     packing.adopt(made)
