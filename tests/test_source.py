@@ -17,7 +17,15 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, Producer, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from tests.ports import LOOPBACK, free_port
@@ -26,7 +34,7 @@ from tss import config
 from tss.embedded import EmbeddedKafka
 from tss.errors import Outlived, Unavailable
 from tss.model import DeadLetter, Record, epoch_name
-from tss.source import Commit, Ends, Source, lowest_commit
+from tss.source import CLIENTS_REPLACED_SECS, Clients, Commit, Ends, Source, lowest_commit
 
 EPOCH = "life-1"
 TOPIC = "spans"
@@ -567,6 +575,53 @@ def test_no_broker_is_said() -> None:
     reader.until(lambda: "refused" in (reader.source.fault or ""))
     assert reader.records == []
     reader.source.close()
+
+
+class Forgetful(Consumer):
+    """Has lost all brokers, once `forgets` is set on it."""
+
+    forgets = False
+
+    def consume(self, num_messages: int = 1, timeout: float = -1) -> list[Message]:
+        return [] if self.forgets else super().consume(num_messages, timeout)
+
+    def list_topics(self, topic: str | None = None, timeout: float = -1) -> Any:
+        if self.forgets:
+            raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+        return super().list_topics(topic, timeout=timeout)
+
+
+def test_a_client_without_brokers_is_replaced(kafka: Kafka) -> None:
+    """A client that gets no answer for long is replaced; the next one goes on where the group was."""
+    made: list[Forgetful] = []
+
+    def consumer(options: dict[str, Any]) -> Forgetful:
+        made.append(Forgetful(options))
+        return made[-1]
+
+    source = Source(
+        kafka.settings(),
+        embedded=kafka.embedded,
+        revoked=lambda lost: None,
+        verdict_secs=VERDICT_SECS,
+        clients=Clients(consumer=consumer),
+    )
+    kafka.cleanup.callback(source.close)
+    source.begin(EPOCH)
+    reader = Reader(source)
+    kafka.produce(3)
+    reader.read(3)
+    source.commit({0: 2}, EPOCH, T0_MS, wait=True)
+
+    made[0].forgets = True
+    source.refresh_partition_count(now_secs=1000)
+    source.refresh_partition_count(now_secs=1000 + CLIENTS_REPLACED_SECS - 1)
+    assert len(made) == 1
+    with pytest.raises(Unavailable):
+        source.refresh_partition_count(now_secs=1000 + CLIENTS_REPLACED_SECS + 30)
+    assert not source.assigned
+    source.begin(EPOCH)
+    assert [record.offset for record in reader.read(1)] == [2]
 
 
 @pytest.mark.stack

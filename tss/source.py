@@ -7,6 +7,10 @@ one. A partition without a commit gets one before its first record is read, or a
 arrived meanwhile. A commit may be so old that verdicts have expired meanwhile on what follows it: then nothing is
 read in this epoch (`Outlived`).
 
+A client of librdkafka can end up without any broker and then never looks for one again, as when a lone broker that
+restarts names no brokers (its issue 5301; seen here as a worker that stayed out of the group until it was restarted).
+So clients that get no answer for long are replaced. Where Kafka itself is away, that changes nothing.
+
 All methods belong to one thread: rebalances are served inside `poll`.
 """
 
@@ -41,6 +45,7 @@ FETCH_RECORDS = 500  # taken from the client at a time; fewer where they are so 
 RECORD_BYTES_GUESS = 64 << 10  # before the first batch has told
 REQUEST_TIMEOUT_SECS = 10.0
 PARTITIONS_REFRESH_SECS = 30.0
+CLIENTS_REPLACED_SECS = 60.0  # without an answer; most restarts of a broker take less
 DEAD_LETTER_TIMEOUT_SECS = 30.0
 PREFETCH_BYTES = 64 << 20  # librdkafka's own queue; its default of 64 MB a partition would be gigabytes
 DETAIL_CHARS_MAX = 500
@@ -142,6 +147,16 @@ class Source:
         self.fault: str | None = "not heard of yet"
         self.heard_secs: float | None = None
         self.commits: list[KafkaError | None] = []
+        self._embedded = embedded
+        self._deaf_since_secs: float | None = None
+        self._inherited: dict[int, tuple[int, int]] = {}
+        self._unplaced: Unavailable | None = None
+        self._make_clients()
+
+    def _make_clients(self) -> None:
+        """Of the group they are no part yet: `begin` joins it."""
+        self._subscribed = False
+        settings = self._settings
         common: dict[str, Any] = settings.client_properties() | QUIET
         options = {
             "group.id": settings.consumer_group,
@@ -160,17 +175,14 @@ class Source:
         if settings.group_instance_id:
             options["group.instance.id"] = settings.group_instance_id
         if (
-            embedded
+            self._embedded
         ):  # the mock broker answers an empty fetch only after its whole wait, and rebalances as slowly
             options |= {"fetch.wait.max.ms": 20, "session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
         try:
-            self._consumer = clients.consumer(common | options)
-            self._admin = clients.admin(common | {"error_cb": self._on_error})
+            self._consumer = self._clients.consumer(common | options)
+            self._admin = self._clients.admin(common | {"error_cb": self._on_error})
         except KafkaException as fault:
             raise ConfigError(f"kafka: the client refused its settings: {fault.args[0]}") from fault
-        self._inherited: dict[int, tuple[int, int]] = {}
-        self._subscribed = False
-        self._unplaced: Unavailable | None = None
 
     # --- where partitions begin (step 2) ---
 
@@ -447,7 +459,10 @@ class Source:
         return Ends(asked_ms, high)
 
     def refresh_partition_count(self, now_secs: float) -> None:
-        """How many partitions the topic has; a claim needs to hear of each. `now_secs` is monotonic."""
+        """How many partitions the topic has; a claim needs to hear of each. `now_secs` is monotonic.
+
+        Raises Unavailable when no answer came for so long that the clients were replaced; then call `begin`.
+        """
         wait = PARTITIONS_REFRESH_SECS if self.partition_count else 1.0
         if now_secs - self._partitions_read_at < wait:
             return
@@ -457,12 +472,26 @@ class Source:
             topic = self._consumer.list_topics(self._topic, timeout=REQUEST_TIMEOUT_SECS).topics[self._topic]
         except KafkaException as fault:
             self._note_fault(fault.args[0].str())
+            self._deaf_since_secs = self._deaf_since_secs or now_secs
+            if now_secs - self._deaf_since_secs >= CLIENTS_REPLACED_SECS:
+                self._replace_clients()
+                raise self._unavailable(fault) from fault
             return
+        self._deaf_since_secs = None
         if topic.error is not None:
             self._note_fault(f"topic {self._topic}: {topic.error.str()}; create it or set kafka.input_topic")
             return
         self.partition_count = len(topic.partitions)
         self._heard()
+
+    def _replace_clients(self) -> None:
+        log.warning("No answer from Kafka for %d s: connecting anew", CLIENTS_REPLACED_SECS)
+        self._deaf_since_secs = None
+        self._consumer.close()  # gives up what it holds
+        self._assigned.clear()
+        self.reached.clear()
+        self._ends_request = self._producer = self._unplaced = None
+        self._make_clients()
 
     # --- offsets and dead letters (step 4) ---
 
