@@ -240,7 +240,10 @@ STATES = (
     *(b"a=b,ot=th:c;rv:ABCDEFabcdef01", b"ot=rv:0000000000000g", b"ot=rv:1,ot=rv:00000000000002"),
     *(b"ot=th:ffffffffffffff", b"ot=th:", b"ot=x:1;th:4", b"otx=rv:00000000000001", " ot=th:8,ü".encode()),
 )
-NUMBERS = (0, 1, 2, 3, 5, 6, 127, 128, 257, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
+NUMBERS = (  # with such as are an error or a kind only in their low 32 bits
+    *(0, 1, 2, 3, 5, 6, 127, 128, 257, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
+    *(2**32 + 2, 2**63 + 2, 2**40 + 3),
+)
 SOUND_TEXTS = (
     b"",
     b"x",
@@ -284,9 +287,9 @@ def number(rng: random.Random, fields: Fields, _: Fields) -> None:
 def ids(rng: random.Random, fields: Fields, _: Fields) -> None:
     which = rng.choice((1, 2, 4))
     if which == 1:
-        _set(fields, 1, rng.choice((trace_id(1), trace_id(2), rng.randbytes(16))))
+        _set(fields, 1, rng.choice((trace_id(1), trace_id(2), rng.randbytes(16), bytes(16))))
     elif which == 2:
-        _set(fields, 2, rng.choice((span_id(1), span_id(2), rng.randbytes(8))))
+        _set(fields, 2, rng.choice((span_id(1), span_id(2), rng.randbytes(8), bytes(8))))
     else:
         _set(fields, 4, rng.choice((b"", bytes(8), bytes(3), span_id(1), bytes(7) + b"\1", rng.randbytes(8))))
 
