@@ -10,6 +10,9 @@ A mutant is a whole record with one change, now and then a second. Three sorts o
 Half of all are sound: a reader that refuses what is odd must be tried on what it takes in. Records are small, one to
 three spans, as what is wrong with a large one can be wrong with a small one; now and then one is large.
 
+Records that are read together must not hide each other's faults: an error that is missed in one would be found in
+another of the same trace. So most mutants have traces of their own; the others share theirs.
+
 A record is parsed once, along the official schema, into a tree that is never changed: a change copies the path to its
 place, and all other parts keep the bytes they came with.
 """
@@ -38,11 +41,14 @@ from tests.builders import (
     traces_data,
     varint,
 )
+from tss.model import TRACE_ID_BYTES
 
 GENERATED_SPANS = 800
 SMALL_BYTES_MAX = 1500
 LARGE = 4  # whole traces of some 5 spans
 LARGE_SHARE = 1 / 64
+MARK = b"\xb7trace mark\xb7"  # how all trace ids of samples begin, so that a mutant can be given its own
+OWN_SHARE = 0.8  # of the mutants that are
 MORE_SHARE = 0.1  # of the mutants that are changed once more
 DEEPER_SHARE = 0.85  # of the steps down from a message that has messages in it
 
@@ -164,12 +170,13 @@ def samples(seed: int = 1) -> list[Sample]:
     generated = [
         TracesData.FromString(r.value or b"") for r in generate.records("A", GENERATED_SPANS, seed=seed)
     ]
-    whole = [data.SerializeToString() for data in generated]
-    made = [data.SerializeToString() for data in [*map(_rich, range(len(RICH))), *_small(rng, generated)]]
+    whole = list(map(_marked, generated))
+    made = [_marked(data) for data in [*map(_rich, range(len(RICH))), *_small(rng, generated)]]
     large = sorted(whole, key=len)[:LARGE]
-    bare = resource_spans(*trace(5, 2), service="cart", schema_url="https://r").SerializeToString()
+    bare = traces_data(resource_spans(*trace(5, 2), service="cart", schema_url="https://r"))
+    _marked(bare)
     return [
-        Sample(bare, ResourceSpans.DESCRIPTOR),
+        Sample(bare.resource_spans[0].SerializeToString(), ResourceSpans.DESCRIPTOR),
         *(Sample(value, TracesData.DESCRIPTOR) for value in [_looks_like_json(), *made, *large]),
     ]
 
@@ -213,9 +220,22 @@ def _small(rng: random.Random, generated: Iterable[TracesData]) -> Iterator[Trac
         yield data
 
 
+def _marked(data: TracesData) -> bytes:
+    """Encoded, after all trace ids have got the mark."""
+    for resource in data.resource_spans:
+        for scope in resource.scope_spans:
+            for one in scope.spans:
+                one.trace_id = _mark(one.trace_id)
+    return data.SerializeToString()
+
+
+def _mark(trace_id: bytes) -> bytes:
+    return MARK + trace_id[len(MARK) - TRACE_ID_BYTES :]
+
+
 def _looks_like_json() -> bytes:
     """A `TracesData` that begins with a newline and a brace: the first tag, and a length of 123."""
-    inner = framed(15, b"unknown") + resource_spans(span(attrs={"k": 1})).SerializeToString()
+    inner = framed(15, b"unknown") + resource_spans(span(trace_id=_mark(b"json"))).SerializeToString()
     return framed(1, inner + framed(4, b"x" * (ord("{") - len(inner) - 2)))
 
 
@@ -287,7 +307,7 @@ def number(rng: random.Random, fields: Fields, _: Fields) -> None:
 def ids(rng: random.Random, fields: Fields, _: Fields) -> None:
     which = rng.choice((1, 2, 4))
     if which == 1:
-        _set(fields, 1, rng.choice((trace_id(1), trace_id(2), rng.randbytes(16), bytes(16))))
+        _set(fields, 1, rng.choice((_mark(trace_id(1)), _mark(trace_id(2)), rng.randbytes(16), bytes(16))))
     elif which == 2:
         _set(fields, 2, rng.choice((span_id(1), span_id(2), rng.randbytes(8), bytes(8))))
     else:
@@ -295,7 +315,11 @@ def ids(rng: random.Random, fields: Fields, _: Fields) -> None:
 
 
 def state(rng: random.Random, fields: Fields, _: Fields) -> None:
-    _set(fields, 3, rng.choice(STATES))
+    """Another, or a second one: the last counts."""
+    if rng.random() < 0.7:
+        _set(fields, 3, rng.choice(STATES))
+    else:
+        fields.append(Field(b"\x1a", None, rng.choice(STATES), None))
 
 
 def text(rng: random.Random, fields: Fields, _: Fields) -> None:
@@ -339,6 +363,13 @@ def shuffle(rng: random.Random, fields: Fields, _: Fields) -> None:
 
 
 # --- odd changes -------------------------------------------------------------------------------------------------
+
+
+def merge(rng: random.Random, fields: Fields, other: Fields) -> None:
+    """Some fields of another such message come in between: of most, the last counts."""
+    for _field in range(rng.choice((1, 1, 3))):
+        if other:
+            fields.insert(rng.randint(0, len(fields)), rng.choice(other))
 
 
 def leave_out(rng: random.Random, fields: Fields, _: Fields) -> None:
@@ -487,7 +518,8 @@ SOUND: tuple[tuple[Change, tuple[str, ...]], ...] = (
     (shuffle, ("Span", "ScopeSpans", "ResourceSpans", "KeyValue")),
 )
 ODD: tuple[tuple[Change, tuple[str, ...]], ...] = (
-    *((change, EVERYWHERE) for change in (repeat, leave_out, empty, unknown, group, other_type, long_number)),
+    *((change, EVERYWHERE) for change in (repeat, merge, leave_out, empty, unknown)),
+    *((change, EVERYWHERE) for change in (group, other_type, long_number)),
     (bad_text, ("Span", "KeyValue", "AnyValue", "InstrumentationScope", "ScopeSpans", "Event", "Status")),
     (deep, ("KeyValue",)),
 )
@@ -533,7 +565,7 @@ class Mutants:
             made = damage(rng, self._sample().value, rng.choice(self._small).value)
         if rng.random() < MORE_SHARE:
             made = rng.choice(DAMAGE)(rng, made, rng.choice(self._small).value)
-        return made
+        return made.replace(MARK, rng.randbytes(len(MARK))) if rng.random() < OWN_SHARE else made
 
     def _sample(self) -> Sample:
         return self._rng.choice(self._large if self._rng.random() < LARGE_SHARE else self._small)
