@@ -20,7 +20,7 @@ from tests.e2e.conftest import PARTITIONS
 from tests.e2e.parts import Parts, Worker, wait_for
 from tests.e2e.test_truth import FORCE_RULE, SEED, decided_all, thousand
 from tests.e2e.traces import Trace, scattered
-from tss import config
+from tss import compiler, config
 from tss.rule_store import RuleStore
 from tss.rules import new_rule
 
@@ -118,6 +118,7 @@ def test_kernels_and_their_twin_write_the_same_bytes(parts: Parts) -> None:
     odd = [(rng.randrange(PARTITIONS), value, base_ms + i) for i, value in enumerate([*taken, *refused])]
     parts.produce([*odd, *scattered(rng, traces, base_ms, partitions=PARTITIONS, spread_ms=20_000)])
 
+    compiler.load("numba")  # else the worker that is to use them would begin with the twins
     folders = {kernels: parts.folder / kernels for kernels in ("numba", "python")}
     workers = [
         _worker(parts, kernels, folder, database)
@@ -130,6 +131,8 @@ def test_kernels_and_their_twin_write_the_same_bytes(parts: Parts) -> None:
         60,
         lambda: [worker.log[-2000:] for worker in workers],
     )
+    used = [worker.request("GET", "/health")[1]["pipeline"]["kernels"] for worker in workers]
+    assert used == ["compiled", "python"]
     letters = Counter(value for _, value in parts.dead_letters(2 * len(refused)))
     for worker in workers:
         assert worker.terminate() == 0
