@@ -204,6 +204,14 @@ def test_build_context() -> None:
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
+def test_image_has_kernels() -> None:
+    """Compiled from what is installed, not from the folder it was built in, and looked for as they were compiled."""
+    build, image = re.findall(r"^ENV (NUMBA_.+)$", DOCKERFILE, re.MULTILINE)
+    assert build == image
+    assert "NUMBA_CPU_NAME=generic" in build
+    assert re.search(r"/bin/python -P -m tss\.compiler$", DOCKERFILE, re.MULTILINE)
+
+
 def test_image_runs_as() -> None:
     """The image runs `tss run` itself, without a shell between, under a number that is not root's."""
     assert re.search(r'^ENTRYPOINT \["tss"\]$', DOCKERFILE, re.MULTILINE)
