@@ -109,11 +109,11 @@ class Process:
             trace_id(trace), verdict, verdict.trigger, False, 1, True, NO_START, 0.0, log_ms, records
         )
         rows = decision_table([decision], decided_at, self.writer, sequence)
-        return self.sink.commit(self.sink.upload("decisions", rows), self.writer, sequence, self.epoch)
+        return self.sink.commit(self.sink.upload("decisions", [rows]), self.writer, sequence, self.epoch)
 
     def land_spans(self, sequence: int) -> bool:
         rows = pa.Table.from_pylist([{"trace_id": "00", "span_id": "00", "start_time": DECIDED_AT}], SPANS)
-        return self.sink.commit(self.sink.upload("spans", rows), self.writer, sequence, self.epoch)
+        return self.sink.commit(self.sink.upload("spans", [rows]), self.writer, sequence, self.epoch)
 
     @property
     def epoch(self) -> str:

@@ -190,7 +190,7 @@ def in_world(world: World, process: Process, main: Callable[[], None]) -> None:
 def land(
     tables: Tables, kind: Kind, rows: pa.Table, sequence: int = 1, *, writer: str = "w", epoch: str = EPOCH
 ) -> bool:
-    return tables.commit(tables.upload(kind, rows), writer, sequence, epoch)
+    return tables.commit(tables.upload(kind, [rows]), writer, sequence, epoch)
 
 
 def test_a_sequence_lands_once(place: Place) -> None:
@@ -215,7 +215,7 @@ def test_a_lost_epoch_lands_nothing(place: Place) -> None:
 
     def body(tables: Tables) -> None:
         assert land(tables, "spans", spans("s1"))
-        uploaded = tables.upload("spans", spans("s2"))
+        uploaded = tables.upload("spans", [spans("s2")])
         tables.enter_epoch("life-2")
         tables.enter_epoch("life-2")
         assert tables.epochs() == ("life-2", "life-2")

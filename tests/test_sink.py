@@ -9,9 +9,11 @@ import json
 import threading
 import time
 import uuid
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,11 +45,11 @@ from tests.stack import Fault, Lakekeeper, RestProxy, Stack, s3_filesystem
 from tests.stack.proxy import Request
 from tests.stack.stack import S3_KEY_ID, S3_SECRET
 from tss import config
-from tss.errors import ConfigError, Fenced, Unavailable
+from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
 from tss.metrics import Metrics
 from tss.model import NO_START, Trigger, Verdict
 from tss.rows import DECISIONS, SPANS, Decision, decision_table
-from tss.sink import Kind, Sink
+from tss.sink import FILES_OPEN_MAX, Kind, Sink
 
 pytestmark = pytest.mark.embedded
 
@@ -171,7 +173,7 @@ def decisions(*traces: int, last_log_ms: int = T0_MS, writer: str = "w", sequenc
 
 
 def land(sink: Sink, *span_ids: str, writer: str = "w", sequence: int = 1, epoch: str = EPOCH) -> bool:
-    return sink.commit(sink.upload("spans", spans(*span_ids)), writer, sequence, epoch)
+    return sink.commit(sink.upload("spans", [spans(*span_ids)]), writer, sequence, epoch)
 
 
 # --- opening -----------------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def test_a_dropped_table_is_said(place: Place) -> None:
 def test_a_sequence_lands_once(place: Place) -> None:
     """The second commit of a sequence, by the same or another process, with the same or other files, adds nothing."""
     sink, adopter = place.begin(), place.open()
-    upload = sink.upload("spans", spans("s1", "s2"))
+    upload = sink.upload("spans", [spans("s1", "s2")])
     assert upload.rows == 2
     assert place.rows().num_rows == 0, "an upload is in no table"
     assert sink.commit(upload, "w", 1, EPOCH)
@@ -347,7 +349,7 @@ def test_sequences_go_up(place: Place) -> None:
 def test_a_stale_writer_adds_nothing(place: Place) -> None:
     """A writer that was paused with its files uploaded finds that its adopter was first."""
     paused, adopter = place.begin(), place.open()
-    upload = paused.upload("spans", spans("s1"))
+    upload = paused.upload("spans", [spans("s1")])
     assert land(adopter, "s1")
     assert land(adopter, "a1", writer="adopter", sequence=9)
     assert not paused.commit(upload, "w", 1, EPOCH)
@@ -357,10 +359,10 @@ def test_a_stale_writer_adds_nothing(place: Place) -> None:
 def test_both_tables_count_apart(place: Place) -> None:
     """A sequence can be in `decisions` and not yet in `spans`, and is finished there."""
     sink = place.begin()
-    assert sink.commit(sink.upload("decisions", decisions(1)), "w", 1, EPOCH)
+    assert sink.commit(sink.upload("decisions", [decisions(1)]), "w", 1, EPOCH)
     assert (sink.landed("decisions"), sink.landed("spans")) == ({"w": 1}, {})
     assert land(sink, "s1")
-    assert not sink.commit(sink.upload("decisions", decisions(1)), "w", 1, EPOCH)
+    assert not sink.commit(sink.upload("decisions", [decisions(1)]), "w", 1, EPOCH)
     assert place.rows("decisions").num_rows == 1
 
 
@@ -387,7 +389,7 @@ def test_racing_sinks_land_everything_once(place: Place) -> None:
         sink, outcomes = place.open(), []
         writer = writers[worker % len(writers)]
         for sequence in range(1, sequences + 1):
-            upload = sink.upload("spans", spans(f"{writer}{sequence}"))
+            upload = sink.upload("spans", [spans(f"{writer}{sequence}")])
             while True:
                 try:
                     outcomes.append(sink.commit(upload, writer, sequence, EPOCH))
@@ -409,7 +411,7 @@ def test_racing_sinks_land_everything_once(place: Place) -> None:
 def test_an_old_life_lands_nothing(place: Place) -> None:
     """Once a new epoch is in the tables, a writer of the former one is fenced, whatever it has uploaded."""
     old, new = place.begin(), place.open()
-    upload = old.upload("spans", spans("old"))
+    upload = old.upload("spans", [spans("old")])
     new.enter_epoch("life-2")
     assert new.epochs() == ("life-2", "life-2")
     with pytest.raises(Fenced, match=r"life-2.*life-1"):
@@ -450,7 +452,7 @@ def test_a_lost_answer_is_settled(stack: Stack, answer: int | None, kept: int) -
     with RestProxy(stack.catalog.url) as proxy:
         place = rest(stack, proxy.url)
         sink = place.begin()
-        upload = sink.upload("spans", spans(*(f"s{i:02}" for i in range(kept))))
+        upload = sink.upload("spans", [spans(*(f"s{i:02}" for i in range(kept)))])
         proxy.fail_next(Fault(answer))
         with pytest.raises(Unavailable, match=r"storage\.iceberg\.catalog_uri"):
             sink.commit(upload, "w", 1, EPOCH)
@@ -479,7 +481,7 @@ def test_a_lost_request_is_sent_again(stack: Stack) -> None:
     with RestProxy(stack.catalog.url) as proxy:
         place = rest(stack, proxy.url)
         sink = place.begin()
-        upload = sink.upload("spans", spans("s1"))
+        upload = sink.upload("spans", [spans("s1")])
         proxy.fail_next(Fault(503, lands="never"), Fault(409, lands="never"))
         with pytest.raises(Unavailable):
             sink.commit(upload, "w", 1, EPOCH)
@@ -494,7 +496,7 @@ def test_a_hanging_catalog_is_given_up(stack: Stack, lands: Any) -> None:
     with RestProxy(stack.catalog.url) as proxy:
         place = rest(stack, proxy.url, request_timeout_secs=0.5)
         sink = place.begin()
-        upload = sink.upload("spans", spans("s1"))
+        upload = sink.upload("spans", [spans("s1")])
         proxy.fail_next(Fault(None, hold_secs=1.5, lands=lands))
         started = time.monotonic()
         with pytest.raises(Unavailable, match="Timeout"):
@@ -514,7 +516,7 @@ def test_a_late_commit_of_an_old_life_is_refused(stack: Stack) -> None:
         iceberg = place.settings.iceberg.model_copy(update={"namespace": slow.settings.iceberg.namespace})
         place = Place(place.settings.model_copy(update={"iceberg": iceberg}), place.catalog)
         old = slow.begin()
-        upload = old.upload("spans", spans("old"))
+        upload = old.upload("spans", [spans("old")])
         proxy.fail_next(Fault(504, hold_secs=1, lands="after"))
         with ThreadPoolExecutor(1) as pool:
             late = pool.submit(old.commit, upload, "w", 1, EPOCH)
@@ -532,7 +534,7 @@ def test_a_catalog_comes_back(stack: Stack) -> None:
     """While the catalog is away everything is Unavailable and names it; afterwards the same sink goes on."""
     place = rest(stack)
     sink = place.begin()
-    upload = sink.upload("spans", spans("s1"))
+    upload = sink.upload("spans", [spans("s1")])
     fresh = Sink(place.settings, GROUP, Metrics())
     with stack.catalog.down():
         for attempt in (lambda: sink.commit(upload, "w", 1, EPOCH), sink.files, sink.epochs, fresh.open):
@@ -560,7 +562,7 @@ def test_an_object_store_that_refuses_is_named(stack: Stack, wrong: dict[str, An
     sink = place.open()
     started = time.monotonic()
     with pytest.raises(Unavailable, match=setting) as caught:
-        sink.upload("spans", spans("s1"))
+        sink.upload("spans", [spans("s1")])
     assert "catalog_uri" not in caught.value.setting
     assert "wrong" not in str(caught.value).replace("WRONG", "")
     assert time.monotonic() - started < 30
@@ -613,7 +615,7 @@ def test_our_endpoint_wins(stack: Stack, remote_signing: bool) -> None:
         place = rest(stack, proxy.url)
         sink = place.begin()
         assert land(sink, "s1")
-        assert sink.commit(sink.upload("decisions", decisions(1)), "w", 1, EPOCH)
+        assert sink.commit(sink.upload("decisions", [decisions(1)]), "w", 1, EPOCH)
         assert place.span_ids() == ["s1"]
         assert [batch.num_rows for batch in sink.decisions_since(0, 0)] == [1]
         assert sink.s3 is not None
@@ -645,13 +647,60 @@ def test_a_file_a_day(place: Place) -> None:
     sink = place.begin()
     tomorrow = datetime(2026, 11, 22, 0, 0, 1, tzinfo=UTC)
     rows = pa.concat_tables([spans("b", trace="0b"), spans("t", start=tomorrow), spans("a", trace="0a")])
-    upload = sink.upload("spans", rows)
+    upload = sink.upload("spans", [rows])
     assert len(upload.files) == 2
     assert sink.commit(upload, "w", 1, EPOCH)
     tasks = list(place.table().scan(row_filter="start_time >= '2026-11-22T00:00:00+00:00'").plan_files())
     assert len(tasks) == 1
     by_size = sorted(sink.files()["spans"].paths, key=lambda path: read_parquet(place, path).num_rows)
     assert [read_parquet(place, path)["span_id"].to_pylist() for path in by_size] == [["t"], ["a", "b"]]
+
+
+def test_parts_of_an_upload_are_one_file(place: Place) -> None:
+    """However many parts rows come in, a partition has one file; a part is written before the next is asked for."""
+    sink = place.begin()
+    held: list[weakref.ref[pa.Table]] = []
+
+    def parts() -> Iterator[pa.Table]:
+        for number in range(3):
+            assert not any(part() for part in held)
+            rows = pa.concat_tables([spans(f"b{number}", trace=f"{number}b"), spans("a", trace=f"{number}a")])
+            held.append(weakref.ref(rows))
+            yield rows
+            del rows
+
+    upload = sink.upload("spans", parts())
+    assert (len(upload.files), upload.rows) == (1, 6)
+    assert sink.commit(upload, "w", 1, EPOCH)
+    (path,) = sink.files()["spans"].paths
+    assert read_parquet(place, path)["span_id"].to_pylist() == ["a", "b0", "a", "b1", "a", "b2"]
+    assert upload.files[0].record_count == 6
+
+
+def test_days_take_turns(place: Place) -> None:
+    """Spans of more days than files are open at once all land, each under its day."""
+    sink = place.begin()
+    days = FILES_OPEN_MAX + 2
+    part = pa.concat_tables([spans(f"d{day}", start=T0 + timedelta(days=day)) for day in range(days)])
+    assert sink.commit(sink.upload("spans", [part, part]), "w", 1, EPOCH)
+    assert place.span_ids() == sorted([f"d{day}" for day in range(days)] * 2)
+    for task in place.table().scan().plan_files():
+        assert len(read_parquet(place, task.file.file_path)["start_time"].unique()) == 1
+
+
+def test_a_fault_of_redis_is_not_one_of_the_storage(place: Place) -> None:
+    """Where the rows of an upload cannot be read, the storage is not said to be away, and nothing is uploaded."""
+    sink = place.begin()
+
+    def parts() -> Iterator[pa.Table]:
+        yield spans("s1")
+        raise LinkLost("gone")
+
+    with pytest.raises(LinkLost):
+        sink.upload("spans", parts())
+    assert sink.fault is None
+    assert land(sink, "s2")
+    assert place.span_ids() == ["s2"]
 
 
 def test_any_partitions_of_others(place: Place) -> None:
@@ -674,7 +723,7 @@ def test_any_partitions_of_others(place: Place) -> None:
         SPANS.get_field_index("http_route"), "http_route", pa.array(["/", "/cart"])
     )
     rows = pa.concat_tables([plain, routed, later, plain])
-    assert sink.commit(sink.upload("spans", rows), "w", 1, EPOCH)
+    assert sink.commit(sink.upload("spans", [rows]), "w", 1, EPOCH)
     found = [read_parquet(place, path)["span_id"].to_pylist() for path in sink.files()["spans"].paths]
     assert sorted(found) == [["a", "a"], ["b"], ["c"], ["d"]]
     kept = place.table().scan(row_filter="http_route = '/cart'")
@@ -727,7 +776,7 @@ def test_decisions_are_found_by_log_time(place: Place) -> None:
     sink = place.begin()
     for sequence, late_ms in enumerate((0, 1, 1000), start=1):
         rows = decisions(sequence, last_log_ms=T0_MS + late_ms, sequence=sequence)
-        assert sink.commit(sink.upload("decisions", rows), "w", sequence, EPOCH)
+        assert sink.commit(sink.upload("decisions", [rows]), "w", sequence, EPOCH)
     found = pa.Table.from_batches(sink.decisions_since(T0_MS + 1, T0_MS + 1))
     assert set(found["sequence"].to_pylist()) == {2, 3}
     assert set(found["records"].to_pylist()) == {"0:2", "0:3"}
@@ -743,7 +792,7 @@ def test_files_are_those_of_one_snapshot(place: Place) -> None:
     assert sink.files()["spans"].paths == ()
     sink.enter_epoch(EPOCH)
     land(sink, "s1")
-    sink.upload("spans", spans("orphan"))
+    sink.upload("spans", [spans("orphan")])
     land(sink, "s2", sequence=2)
     files = sink.files()["spans"]
     current = place.table().current_snapshot()

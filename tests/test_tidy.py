@@ -43,7 +43,7 @@ LAYERS = (
     layer(
         "equipment",
         "settings, metrics, logs: for everything but the core",
-        "config compiler metrics logs clock crashpoints packing",
+        "config compiler metrics logs clock crashpoints memory packing",
     ),
     layer(
         "rim",

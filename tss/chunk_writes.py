@@ -7,6 +7,7 @@ name, and two numbers in digits. Every copy is checked against the size of both 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ def chunk_writes(placed: Placed) -> list[Request]:
     chunks, counts = placed.chunks, np.diff(placed.starts).tolist()
     texts = [heads(prefix, rows) for prefix, rows in zip(placed.prefixes, counts, strict=True)]
     payloads = b"".join(placed.payloads)
-    room = len(payloads) + len(chunks.buffer) + len(chunks) * (ROW_BYTES_MAX + max(len(t[0]) for t in texts))
+    names = int((chunks.payload_at - chunks.field_at[:-1]).sum())
+    room = len(payloads) + names + len(chunks) * (ROW_BYTES_MAX + max(len(t[0]) for t in texts))
     out = np.empty(room + sum(len(text) for three in texts for text in three), np.uint8)
     ends = np.zeros(len(texts), np.uint64)
     _write(
@@ -145,4 +147,6 @@ def warm_up() -> None:
     span = Span(trace_id=b"1" * 16, span_id=b"1" * 8)
     value = TracesData(resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=[span])])])
     chunks = wire.decode([Record(0, 0, 0, value.SerializeToString())], RuleSet()).chunks
-    chunk_writes(Placed(chunks, [b"x"], np.zeros(1, np.int64), np.array([0, 1]), [b""]))
+    for ids in (chunks.trace_ids, chunks.trace_ids.copy()):  # the twin's cannot be written to
+        mine = replace(chunks, trace_ids=ids)
+        chunk_writes(Placed(mine, [b"x"], np.zeros(1, np.int64), np.array([0, 1]), [b""]))

@@ -9,6 +9,10 @@ Crash-only. A missing answer of Redis, a lost lease or another epoch makes the w
 again under a new id; its claims stay in Redis, and whoever finds them without a live owner finishes them with the
 same code and under the same (writer, sequence), so the table lets them land once. A catalog that is away is waited
 for: the sequence stays open, with the payloads of dropped traces freed.
+
+A writer's memory is what is decided, not what it is decided of: payloads stay in Redis until they are written, and then
+come a part at a time (`_parts`), from Redis to the file. So a sequence may be large, which makes commits rare, and
+what waits for a slow catalog takes no memory here.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ import logging
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -31,17 +35,21 @@ from tss import config, crashpoints, restore
 from tss.buffer import Buffer, Recorded, Timers
 from tss.clock import Clock
 from tss.compiler import PYTHON
-from tss.errors import Fenced, Unavailable
+from tss.errors import Fenced, LinkLost, Released, Unavailable
 from tss.judge import LATE_ERROR, Policies, Summary, judge, late_upgrade, summarise
 from tss.metrics import Metrics, observe_all
 from tss.model import Claimed, Now, Trigger, Verdict, epoch_name
-from tss.rows import Cut, Decision, cut, decision_table, from_millis
+from tss.rows import Cut, Decision, KeptTrace, cut, decision_table, from_millis, in_order
 from tss.rules import RuleSet
 from tss.sink import Kind, Upload
 from tss.wire import new_error, payload_mask
 
 log = logging.getLogger("tss")
 
+PART_BYTES = (
+    8 << 20
+)  # payloads on their way to a file at once; what becomes of them takes some six times as much
+SPAN_BYTES_GUESS = 2 << 10  # of a payload, before the first part has told
 RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
 SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flushed, for its memory's sake
 
@@ -49,14 +57,14 @@ SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flu
 class Tables(restore.Memory, Protocol):
     """Where decisions and spans land: `sink.Sink`."""
 
-    def upload(self, kind: Kind, rows: pa.Table) -> Upload: ...
+    def upload(self, kind: Kind, parts: Iterable[pa.Table]) -> Upload: ...
 
     def commit(self, upload: Upload, writer: str, sequence: int, epoch: str) -> bool: ...
 
 
 @dataclass(slots=True)
 class OpenSequence:
-    """What one open sequence holds. `cuts` are the kept traces with their payloads."""
+    """What one open sequence holds. `cuts` are the kept traces, with names of fields where their payloads will be."""
 
     owner: str
     number: int
@@ -64,8 +72,9 @@ class OpenSequence:
     traces: list[bytes] = field(default_factory=list)
     dropped: list[bytes] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
-    cuts: list[tuple[bytes, Verdict, bool, Cut]] = field(default_factory=list)
+    cuts: list[KeptTrace] = field(default_factory=list)
     spans: int = 0
+    repeated: int = 0  # spans that were left out as sent twice
 
 
 class Writer:
@@ -88,6 +97,7 @@ class Writer:
         restoring: AbstractContextManager[object],
         adopts: bool = True,
         fresh_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         """With `adopts` off, abandoned claims are left to others: one writer a process is enough to look for them."""
         app, sampling = settings.app, settings.sampling
@@ -105,6 +115,7 @@ class Writer:
         self._adopts = adopts
         self._restoring = restoring  # one restore at a time in a process; across processes two end well, too
         self._fresh_id = fresh_id
+        self._part_bytes = part_bytes
         self._timers = Timers(
             inactivity_ms=int(app.inactivity_timeout_secs * 1000),
             root_wait_ms=None if app.root_wait_secs is None else int(app.root_wait_secs * 1000),
@@ -120,6 +131,7 @@ class Writer:
         self._buffer: Buffer | None = None
         self._number = 0
         self._average_spans = 1.0
+        self._span_bytes = SPAN_BYTES_GUESS
         self._open: OpenSequence | None = None
         self._landing: OpenSequence | None = None
         self._next_adoption = 0.0
@@ -208,7 +220,7 @@ class Writer:
 
     def _claim(self, buffer: Buffer, now: Now) -> bool:
         assert self.id is not None
-        # As many traces as fill one flush if all are kept, going by the last ones: payloads must fit in memory.
+        # As many traces as fill one flush if all are kept, going by the last ones.
         fitting = int(self._settings.storage.flush_max_spans / self._average_spans)
         limit = max(1, min(self._settings.app.claim_max_traces, fitting))
         number = self._open.number if self._open else self._number + 1
@@ -266,9 +278,7 @@ class Writer:
         )
         self._turn(buffer, sequence, traces, candidates, recorded, summary)
         crashpoints.passed("after-record")
-        rows = [row for row, r in enumerate(recorded) if r is not None and r.verdict.kept]
-        chunks = dict(zip(rows, buffer.payloads([traces[row].trace_id for row in rows]), strict=True))
-        self._add(sequence, traces, recorded, summary, chunks)
+        self._add(sequence, traces, recorded, summary)
 
     def _turn(
         self,
@@ -316,35 +326,33 @@ class Writer:
         traces: Sequence[Claimed],
         recorded: Sequence[Recorded | None],
         summary: Summary,
-        chunks: Mapping[int, dict[bytes, bytes]],
     ) -> None:
-        """`chunks` are those of the kept rows. Most traces are new and have nothing twice: nothing is cut there."""
+        """Most traces are new and have nothing twice: nothing is cut there."""
         columns = (
             *(traces, recorded, summary.records, summary.repeated),
             *(summary.spans.tolist(), summary.errors.tolist(), summary.start_ns.tolist()),
             *(summary.duration_ms.tolist(), summary.last_log_ms.tolist()),
         )
-        for row, values in enumerate(zip(*columns, strict=True)):
+        for values in zip(*columns, strict=True):
             trace, outcome, records, again, spans, error, start_ns, duration_ms, last_log_ms = values
             if outcome is None:
                 continue
             verdict, coverage = outcome.verdict, outcome.coverage
             late = bool(coverage)
             sequence.traces.append(trace.trace_id)
-            payloads = chunks.get(row)
             if late or again:
-                pieces = cut(payloads or dict.fromkeys(trace.fields, b""), coverage)
+                pieces = cut({name: name for name in trace.fields}, coverage)
                 records, spans = pieces.records, pieces.spans
                 self._metrics.spans_duplicate.inc(pieces.duplicates)
                 if not records:
                     continue
-            elif payloads is not None:
-                pieces = Cut([(payloads[name], None) for name in sorted(payloads)], records, spans, 0)
-            if payloads is None:
-                sequence.dropped.append(trace.trace_id)
-            else:
+            elif verdict.kept:
+                pieces = Cut([(name, None) for name in sorted(trace.fields)], records, spans, 0)
+            if verdict.kept:
                 sequence.cuts.append((trace.trace_id, verdict, late, pieces))
                 sequence.spans += spans
+            else:
+                sequence.dropped.append(trace.trace_id)
             trigger = Trigger.LATE if late else trace.trigger
             sequence.decisions.append(
                 Decision(
@@ -363,7 +371,7 @@ class Writer:
         started = self._clock.now().mono_secs
         buffer.wait_durable()  # step 10
         decided_at = from_millis(self._clock.now().wall_ms)
-        repeated = self._land(buffer, sequence, epoch, decided_at)
+        self._land(buffer, sequence, epoch, decided_at)
         crashpoints.passed("before-release")
         released = buffer.release(  # step 13
             self.id, sequence.owner, sequence.number, sequence.traces, self._settings.redis.trace_ttl_secs
@@ -373,7 +381,7 @@ class Writer:
         if not released and sequence.traces:
             log.info("Sequence %d of writer %s was finished by another", sequence.number, sequence.owner)
             return False
-        self._count(sequence, repeated)
+        self._count(sequence)
         log.info(
             "Decided %d traces, kept %d",
             len(sequence.decisions),
@@ -387,29 +395,32 @@ class Writer:
         )
         return True
 
-    def _land(self, buffer: Buffer, sequence: OpenSequence, epoch: str, decided_at: datetime) -> int:
-        """Steps 11 and 12, again and again until both tables have the sequence; returns spans sent twice."""
+    def _land(self, buffer: Buffer, sequence: OpenSequence, epoch: str, decided_at: datetime) -> None:
+        """Steps 11 and 12, again and again until both tables have the sequence."""
         assert self.id is not None
         if not sequence.decisions:
-            return 0
+            return
         author = author_of(sequence.owner, epoch)
         decisions = decision_table(sequence.decisions, decided_at, author, sequence.number)
-        spans, repeated = self.kernels.span_table(sequence.cuts, decided_at)
 
-        wanted: list[tuple[Kind, pa.Table]] = [("decisions", decisions)]  # the order of step 12
-        if spans.num_rows:
-            wanted.append(("spans", spans))
+        wanted: list[tuple[Kind, Callable[[], Iterable[pa.Table]]]] = [  # the order of step 12
+            ("decisions", lambda: [decisions])
+        ]
+        if sequence.spans:
+            wanted.append(("spans", lambda: self._parts(buffer, sequence, decided_at)))
         uploads: dict[Kind, Upload] = {}
         for attempt in itertools.count():
             try:
-                for kind, rows in wanted:
+                for kind, parts in wanted:
                     if kind not in uploads:
-                        uploads[kind] = self._sink.upload(kind, rows)
+                        uploads[kind] = self._sink.upload(kind, parts())
                 crashpoints.passed("after-upload")
                 for kind, _ in wanted:
                     self._sink.commit(uploads[kind], author, sequence.number, epoch)
                     crashpoints.passed(f"after-{kind}")
                 break
+            except LinkLost:
+                raise
             except Unavailable as fault:
                 if attempt == 0:
                     log.warning("An open sequence waits: %s", fault, extra={"traces": len(sequence.traces)})
@@ -418,9 +429,28 @@ class Writer:
                 if self._clock.wait(self._stop, RETRY_SECS[min(attempt, len(RETRY_SECS) - 1)]):
                     raise
         self.fault = None
-        return repeated
 
-    def _count(self, sequence: OpenSequence, repeated: int) -> None:
+    def _parts(self, buffer: Buffer, sequence: OpenSequence, decided_at: datetime) -> Iterator[pa.Table]:
+        """The rows of `spans`, in the order of the table; no more payloads are held than one part is made of."""
+        sequence.repeated = 0
+        traces = in_order(sequence.cuts)
+        begin = 0
+        while begin < len(traces):
+            end, spans = begin, 0
+            while end < len(traces) and (end == begin or spans * self._span_bytes < self._part_bytes):
+                spans += traces[end][3].spans
+                end += 1
+            part = _filled(traces[begin:end], buffer.payloads([trace[0] for trace in traces[begin:end]]))
+            size = sum(len(payload) for trace in part for payload, _ in trace[3].payloads)
+            self._span_bytes = 1 + size // max(1, spans)
+            table, repeated = self.kernels.span_table(part, decided_at)
+            del part  # before the table becomes a file
+            sequence.repeated += repeated
+            yield table
+            del table  # before the next one is made
+            begin = end
+
+    def _count(self, sequence: OpenSequence) -> None:
         metrics = self._metrics
         waited_ms = self._clock.now().wall_ms - np.array(
             [d.last_log_ms for d in sequence.decisions], np.int64
@@ -444,8 +474,8 @@ class Writer:
                 metrics.force_rule_matches.labels(verdict.policy).inc(traces)
                 if verdict.kept:
                     metrics.traces_forced.inc(traces)
-        metrics.spans_exported.inc(sequence.spans - repeated)
-        metrics.spans_duplicate.inc(repeated)
+        metrics.spans_exported.inc(sequence.spans - sequence.repeated)
+        metrics.spans_duplicate.inc(sequence.repeated)
 
     # --- step 14: takeover ---
 
@@ -465,7 +495,13 @@ class Writer:
             log.info("Taking over sequence %d of writer %s", number, owner, extra={"traces": len(traces)})
             sequence = OpenSequence(owner, number, now.mono_secs)
             self._decide(buffer, sequence, traces)
-            if self._finish(buffer, sequence):
+            try:
+                finished = self._finish(buffer, sequence)
+            except Released as fault:
+                self._landing = None
+                log.info("Sequence %d of writer %s: %s", number, owner, fault)
+                continue
+            if finished:
                 self._metrics.takeovers.inc()
 
 
@@ -476,6 +512,17 @@ def author_of(owner: str, epoch: str) -> str:
     rows of the lost ones, whose spans never landed, would count as landed, too.
     """
     return f"{owner}.{zlib.crc32(epoch.encode()):08x}"
+
+
+def _filled(traces: Sequence[KeptTrace], payloads: Sequence[Mapping[bytes, bytes]]) -> list[KeptTrace]:
+    """The traces with what their fields hold. Raises Released where one of them is gone."""
+    filled = []
+    for (trace_id, verdict, late, pieces), fields in zip(traces, payloads, strict=True):
+        if any(name not in fields for name, _ in pieces.payloads):
+            raise Released(f"another has released trace {trace_id.hex()}")
+        taken = [(fields[name], take) for name, take in pieces.payloads]
+        filled.append((trace_id, verdict, late, replace(pieces, payloads=taken)))
+    return filled
 
 
 def _tally(decisions: Sequence[Decision]) -> Iterator[tuple[Verdict, Trigger, bool, int, int]]:

@@ -6,6 +6,7 @@ TssError
 │   ├── LinkLost       a Redis connection or its server's run is gone: forget what was held, start anew
 │   └── Outlived       Redis may have forgotten verdicts by their age: it needs a new life before it is read on
 ├── Fenced             another process owns what we held: drop it, be born again under a new id
+│   └── Released       another has finished what we were finishing, too
 └── BadRequest         the caller of the API sent something wrong: a 4xx that says what
 """
 
@@ -48,6 +49,10 @@ class Outlived(Unavailable):
 
 class Fenced(TssError):
     """This writer is no longer allowed to write: its lease was taken over or the epoch changed."""
+
+
+class Released(Fenced):
+    """Of a claimed trace nothing is left: whoever released it has landed its sequence before."""
 
 
 class BadRequest(TssError):

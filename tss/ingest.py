@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 from confluent_kafka import KafkaError
+from numpy.typing import NDArray
 
 from tss import config, crashpoints
 from tss.buffer import LAG_SECS, Buffer, Usage
@@ -30,7 +31,7 @@ from tss.clock import Clock
 from tss.compiler import PYTHON
 from tss.errors import LinkLost, Outlived, Unavailable
 from tss.metrics import Metrics
-from tss.model import TRACE_ID_BYTES, Chunks, DeadLetter, Now, Record
+from tss.model import Chunks, DeadLetter, Now, Record
 from tss.rules import RuleSet
 from tss.source import Ends
 
@@ -40,7 +41,9 @@ POLL_SECS = 0.2  # longest wait for a first record; bounds how late a rebalance 
 END_CHECK_SECS = 1.0
 USAGE_SECS = 1.0
 RESUME_SHARE = 0.9  # of the budget: room for some batches before the next pause
-SIZES_TRACKED = 200_000  # traces whose size this process remembers, newest first; some 30 MB
+SIZES = 1 << 18  # counters for the sizes of traces; traces that share one are taken for one
+SPREAD, SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(64 - 18)  # a trace id's second half to its counter
+SIZES_CHUNKS = SIZES // 2  # counted before the counters are put aside for new ones, so few traces share one
 RELIEF_TRACES = 2000  # claimed early in one look while memory is short
 
 
@@ -51,6 +54,30 @@ class Acknowledged:
     mono_secs: float
     positions: dict[int, int]
     oldest_ms: int
+
+
+class Sizes:
+    """How large the traces of the last chunks are, in 8 MB however many there are.
+
+    A chunk counts in the counters now in use and is compared with the sum of these and the ones before: it is
+    remembered for SIZES_CHUNKS to twice as many more chunks.
+    """
+
+    def __init__(self) -> None:
+        self._now, self._before = np.zeros((2, SIZES), np.int64), np.zeros((2, SIZES), np.int64)
+        self._chunks = 0
+
+    def add(self, chunks: Chunks) -> NDArray[np.int64]:
+        """Spans and bytes, by row, of each chunk's trace with this chunk."""
+        if self._chunks >= SIZES_CHUNKS:
+            self._now, self._before = self._before, self._now
+            self._now[:] = 0
+            self._chunks = 0
+        self._chunks += len(chunks)
+        places = chunks.trace_ids[:, 8:].copy().view(np.uint64)[:, 0] * SPREAD >> SHIFT
+        for counters, more in zip(self._now, (chunks.facts["spans"], np.diff(chunks.field_at)), strict=True):
+            np.add.at(counters, places, more)
+        return self._now[:, places] + self._before[:, places]
 
 
 class Records(Protocol):
@@ -101,7 +128,7 @@ class Ingest:
         self._root_timer = settings.app.root_wait_secs is not None
         self._buffer: Buffer | None = None
         self._log_time: dict[int, int] = {}
-        self._sizes: dict[bytes, tuple[int, int]] = {}
+        self._sizes = Sizes()
         self._waiting: deque[Acknowledged] = deque()
         self._stamps: dict[int, int] = {}  # second of log time → oldest time stamp of a record taken in then
         self._safe: dict[int, int] = {}
@@ -159,7 +186,7 @@ class Ingest:
     def _begin(self, epoch: str) -> None:
         """Step 2."""
         self._log_time.clear()
-        self._sizes.clear()
+        self._sizes = Sizes()
         self._waiting.clear()
         self._stamps.clear()
         self._safe.clear()
@@ -224,20 +251,9 @@ class Ingest:
         a chunk to make an emergency brake exact.
         """
         app = self._settings.app
-        big = set()
-        ids = chunks.trace_ids.tobytes()
-        columns = (chunks.facts["spans"].tolist(), np.diff(chunks.field_at).tolist())
-        for row, (more_spans, more_bytes) in enumerate(zip(*columns, strict=True)):
-            trace_id = ids[row * TRACE_ID_BYTES : (row + 1) * TRACE_ID_BYTES]
-            spans, size = self._sizes.pop(trace_id, (0, 0))
-            spans += more_spans
-            size += more_bytes
-            if spans > app.max_trace_spans or size > app.max_trace_bytes:
-                big.add(row)
-            self._sizes[trace_id] = (spans, size)
-        while len(self._sizes) > SIZES_TRACKED:
-            del self._sizes[next(iter(self._sizes))]
-        return big
+        spans, sizes = self._sizes.add(chunks)
+        big = (spans > app.max_trace_spans) | (sizes > app.max_trace_bytes)
+        return set(np.flatnonzero(big).tolist())
 
     def _mark_ends(self, buffer: Buffer, now: Now) -> None:
         """At the end of a partition its clock is the moment the brokers were asked for it."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
-from tss import __version__, api, compiler, config, embedded
+from tss import __version__, api, compiler, config, embedded, memory
 from tss.buffer import Buffer
 from tss.clock import SYSTEM
 from tss.decide import Writer
@@ -45,6 +45,7 @@ class Service:
     """A whole worker. `start` returns when everything runs; `wait` returns when it ended and raises what ended it."""
 
     def __init__(self, settings: config.Config) -> None:
+        memory.hold_little()
         self.settings = settings
         self._kafka_embedded = settings.kafka.brokers == config.EMBEDDED
         self._clock = SYSTEM
@@ -97,6 +98,7 @@ class Service:
         self._run("rules", lambda: self.rules.run(self._stop))
         self._run("heartbeat", self._beat)
         self._run("monitor", self._watch)
+        self._run("memory", self._give_back)
         for writer in self.writers:
             self._run(f"worker-{writer.name}", functools.partial(self._decide, writer))
         log.info("Started %d evaluation workers", len(self.writers))
@@ -219,6 +221,7 @@ class Service:
             self.ingest.kernels = kernels
             for writer in self.writers:
                 writer.kernels = kernels
+            memory.forget_compiler()
         finally:
             self._kernels_known.set()
         self.kernels = "python" if kernels is compiler.PYTHON else "compiled"
@@ -267,6 +270,10 @@ class Service:
             with contextlib.suppress(Unavailable):
                 beat(self._clock.now())
         forget(None)
+
+    def _give_back(self) -> None:
+        while not self._stop.wait(memory.GIVE_BACK_SECS):
+            memory.give_back()
 
     def _watch(self) -> None:
         """Asks the catalog now and then, so that readiness is true while nothing is written."""

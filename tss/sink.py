@@ -13,12 +13,15 @@ a writer of a lost life cannot land anything.
 Files are written before the commit and belong to nobody until it lands; a crash leaves orphans, never rows. They are
 sorted by trace id, with a bloom filter and a page index, which makes looking up one trace read one page.
 
-Any number of threads may use a Sink; commits of one process go one after another, since two at once would only
-conflict.
+Rows come in parts, and each is in its file before the next one is asked for: a part is all that is in memory.
+
+Any number of threads may use a Sink; uploads of one process go one after another, for the same reason, and so do
+commits, since two at once would only conflict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -26,7 +29,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +58,7 @@ from pyiceberg.io import FileIO
 from pyiceberg.io.pyarrow import (
     MetricModeTypes,
     MetricsMode,
+    StatisticsCollector,
     compute_statistics_plan,
     data_file_statistics_from_parquet_metadata,
     parquet_path_to_id_mapping,
@@ -64,16 +68,19 @@ from pyiceberg.io.pyarrow import (
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import PartitionField, PartitionFieldValue, PartitionKey, PartitionSpec
 from pyiceberg.schema import assign_fresh_schema_ids
-from pyiceberg.table import Table
+from pyiceberg.table import Table, Transaction
+from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.name_mapping import MappedField, NameMapping
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.table.sorting import SortField, SortOrder
+from pyiceberg.table.update import TableUpdate
+from pyiceberg.table.update.snapshot import ExpireSnapshots
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import TimestampType, TimestamptzType
 
 from tss import config
-from tss.errors import ConfigError, Fenced, Unavailable
+from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
 from tss.metrics import Metrics
 from tss.query import S3Access, TableFiles
 from tss.rows import DECISIONS, SPANS, from_millis
@@ -86,7 +93,8 @@ SCHEMAS: dict[Kind, pa.Schema] = {"spans": SPANS, "decisions": DECISIONS}
 PARTITION_COLUMN: dict[Kind, str] = {"spans": "start_time", "decisions": "decided_at"}
 SECOND_SORT_COLUMN: dict[Kind, str] = {"spans": "start_time", "decisions": "decided_at"}
 
-ROW_GROUP_ROWS = 131_072
+ROW_GROUP_ROWS = 131_072  # at most; a part of an upload is one, or several
+FILES_OPEN_MAX = 8  # of one upload, each with some MB on its way to the store; spans of more days take turns
 PAGE_ROWS = 4096
 BLOOM_FALSE_POSITIVES = 0.01
 ZSTD_LEVEL = 1  # level 9 saves 8 % and takes 2.7 times as long
@@ -96,6 +104,7 @@ REQUEST_TIMEOUT = (
 )
 CONFLICT_ATTEMPTS_MAX = 20  # then the caller backs off and reports
 CONFLICT_WAIT_SECS = 0.05
+LOADED_SECS = 60.0  # files may be laid out as the table was so long ago: a catalog's keys last longer
 HOUR_MICROS = 3_600_000_000
 
 TABLE_PROPERTIES = {
@@ -138,7 +147,9 @@ class Sink:
         self._metrics = metrics
         self._catalog: Catalog | None = None
         self._catalog_errors = _catalog_errors(settings)
-        self._commit_lock = threading.Lock()
+        self._upload_lock, self._commit_lock = threading.Lock(), threading.Lock()
+        self._layouts: dict[Kind, _Layout] = {}
+        self._loaded: dict[Kind, tuple[float, Table]] = {}
         self.fault: str | None = "not connected yet"
         self.heard_secs: float | None = None
 
@@ -209,7 +220,16 @@ class Sink:
     def _load(self, kind: Kind) -> Table:
         if self._catalog is None:
             raise Unavailable("catalog", self.where, "not connected yet")
-        return self._catalog.load_table(self._identifier(kind))
+        table = self._catalog.load_table(self._identifier(kind))
+        self._loaded[kind] = time.monotonic(), table
+        return table
+
+    def _recent(self, kind: Kind) -> Table:
+        """For what a commit later checks anyway: not always loaded anew."""
+        loaded_secs, table = self._loaded.get(kind, (0.0, None))
+        if table is None or time.monotonic() - loaded_secs > LOADED_SECS:
+            return self._load(kind)
+        return table
 
     @property
     def catalog_uri(self) -> str:
@@ -228,13 +248,27 @@ class Sink:
 
     # --- steps 11 and 12: upload and commit ---
 
-    def upload(self, kind: Kind, rows: pa.Table) -> Upload:
-        """Step 11. One file a partition."""
-        with self._outside("upload"):
-            table = self._load(kind)
-            adapted = _adapt(rows, table)
-            files = tuple(_write(table, key, part) for key, part in _partitions(table, adapted))
-        return Upload(kind, files, rows.num_rows)
+    def upload(self, kind: Kind, parts: Iterable[pa.Table]) -> Upload:
+        """Step 11. At least one file a partition; parts are in the order of the table, one after the other.
+
+        What `parts` raises is raised.
+        """
+        rows = 0
+        with self._upload_lock, self._outside("upload"):
+            table = self._recent(kind)
+            with _Files(table, self._layout(kind, table)) as files:
+                for part in parts:
+                    files.write(part)
+                    rows += part.num_rows
+                    del part  # before the next one is made
+                written = files.finish()
+        return Upload(kind, written, rows)
+
+    def _layout(self, kind: Kind, table: Table) -> _Layout:
+        made = self._layouts.get(kind)
+        if made is None or made.of != _Layout.key(table):
+            made = self._layouts[kind] = _Layout.make(table)
+        return made
 
     def commit(self, upload: Upload, writer: str, sequence: int, epoch: str) -> bool:
         """Step 12 for one table: True when this call landed it, False when it had landed before.
@@ -272,7 +306,7 @@ class Sink:
         return True
 
     def _append(self, table: Table, properties: dict[str, str], files: Sequence[DataFile]) -> None:
-        transaction = table.transaction()
+        transaction = _Transaction(table)
         transaction.set_properties(properties)
         with transaction.update_snapshot().merge_append() as append:
             for file in files:
@@ -302,7 +336,8 @@ class Sink:
             ValueError,
         )
         try:
-            table.maintenance.expire_snapshots().older_than(oldest_kept.replace(tzinfo=None)).commit()
+            old = ExpireSnapshots(_Transaction(table, autocommit=True))
+            old.older_than(oldest_kept.replace(tzinfo=None)).commit()
         except faults as fault:
             # ValueError: another worker expired them just now. Whatever it is, the rows have landed.
             log.debug("Snapshots of %s are left to the next commit: %s", table.name(), fault)
@@ -408,6 +443,8 @@ class _Outside:
         if isinstance(fault, UnauthorizedError | ForbiddenError):
             detail += ". Check storage.iceberg.catalog_token"
         match fault:
+            case LinkLost():
+                return  # of Redis, where the rows came from
             case Unavailable():
                 self._sink.fault = str(fault)
                 return
@@ -424,6 +461,19 @@ class _Outside:
                 return
         self._sink.fault = detail
         raise Unavailable("storage", self._where, detail) from fault
+
+
+class _Transaction(Transaction):
+    """The library's own makes the metadata anew, in a deep copy, at each of twenty looks: most of a commit's time."""
+
+    _made: tuple[TableMetadata, tuple[TableUpdate, ...], TableMetadata] | None = None
+
+    @property
+    def table_metadata(self) -> TableMetadata:
+        base = self._table.metadata
+        if self._made is None or self._made[0] is not base or self._made[1] is not self._updates:
+            self._made = base, self._updates, super().table_metadata
+        return self._made[2]
 
 
 def _file_setting(detail: str) -> str:
@@ -568,15 +618,42 @@ def _check_fits(kind: Kind, table: Table) -> None:
             ) from fault
 
 
-def _adapt(rows: pa.Table, table: Table) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How files of a table are written; `of` is all that it follows from, as making it takes 30 ms."""
+
+    of: tuple[Any, ...]
+    schema: pa.Schema
+    leaves: list[str]
+    statistics: dict[int, StatisticsCollector]
+    field_ids: dict[str, int]
+
+    @classmethod
+    def key(cls, table: Table) -> tuple[Any, ...]:
+        metrics = {k: v for k, v in table.properties.items() if k.startswith("write.metadata.metrics")}
+        return (table.metadata.table_uuid, table.metadata.current_schema_id, metrics)
+
+    @classmethod
+    def make(cls, table: Table) -> _Layout:
+        schema = table.schema()
+        statistics = {
+            number: replace(column, mode=NO_METRICS) if "." in column.column_name else column
+            for number, column in compute_statistics_plan(schema, table.properties).items()
+        }
+        arrow = _arrow_schema(table)
+        return cls(cls.key(table), arrow, _leaves(arrow), statistics, parquet_path_to_id_mapping(schema))
+
+
+def _adapt(rows: pa.Table, target: pa.Schema) -> pa.Table:
     """Our rows with the table's columns and types. A column we lack is null; a required one of ours never is."""
-    target = _arrow_schema(table)
     columns = []
     for field in target:
         if field.name not in rows.column_names:
             columns.append(pa.nulls(rows.num_rows, field.type))
             continue
-        column = rows.column(field.name).cast(field.type, safe=False)
+        column = rows.column(field.name)
+        if column.type != field.type:
+            column = column.cast(field.type, safe=False)
         if not field.nullable and column.null_count:
             empty: Any = pa.scalar("" if pa.types.is_string(field.type) else 0).cast(field.type)
             column = column.fill_null(empty)
@@ -584,11 +661,11 @@ def _adapt(rows: pa.Table, table: Table) -> pa.Table:
     return pa.table(columns, schema=target)
 
 
-def _partitions(table: Table, rows: pa.Table) -> list[tuple[PartitionKey | None, pa.Table]]:
-    """Rows by partition, for any transforms the table's specification has."""
+def _partitions(table: Table, rows: pa.Table) -> list[tuple[tuple[Any, ...], pa.Table]]:
+    """Rows by the values of their partition, for any transforms the table's specification has."""
     spec, schema = table.spec(), table.schema()
     if spec.is_unpartitioned():
-        return [(None, rows)]
+        return [((), rows)]
     columns: list[list[Any]] = []
     numbers = np.zeros(rows.num_rows, np.int64)  # of each row's combination of values
     for field in spec.fields:
@@ -599,10 +676,9 @@ def _partitions(table: Table, rows: pa.Table) -> list[tuple[PartitionKey | None,
         numbers = numbers * len(values) + own
     found = np.unique(numbers)
     combinations = np.unravel_index(found, [len(values) for values in columns])
-    groups: list[tuple[PartitionKey | None, pa.Table]] = []
+    groups = []
     for number, *places in zip(found, *combinations, strict=True):
-        values = [column[place] for column, place in zip(columns, places, strict=True)]
-        key = PartitionKey(list(map(PartitionFieldValue, spec.fields, values)), spec, schema)
+        key = tuple(column[place] for column, place in zip(columns, places, strict=True))
         part = rows if len(found) == 1 else rows.take(np.flatnonzero(numbers == number))
         groups.append((key, part))
     return groups
@@ -624,59 +700,107 @@ def _transformed(
     return list(distinct), np.array([distinct[value] for value in values], np.int64)[inverse]
 
 
-def _write(table: Table, key: PartitionKey | None, rows: pa.Table) -> DataFile:
-    path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet", key)
-    rows = _in_order(rows)
-    leaves = _leaves(rows.schema)
-    bloom = {}
-    if "trace_id" in rows.column_names:
-        bloom = {
-            "trace_id": {"ndv": pc.count_distinct(rows["trace_id"]).as_py(), "fpp": BLOOM_FALSE_POSITIVES}
-        }
-    writer_class: Any = pq.ParquetWriter  # its published types know neither streams nor bloom filters
-    with table.io.new_output(path).create() as stream:
-        writer = writer_class(
-            stream,
-            rows.schema,
+class _File:
+    """A Parquet file that grows by a row group or more with each part."""
+
+    def __init__(self, table: Table, layout: _Layout, values: tuple[Any, ...], first: pa.Table) -> None:
+        self._table, self._layout = table, layout
+        spec = table.spec()
+        fields = list(map(PartitionFieldValue, spec.fields, values))
+        self._key = PartitionKey(fields, spec, table.schema()) if values else None
+        self._path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet", self._key)
+        bloom = {}
+        if "trace_id" in first.column_names:
+            traces = pc.count_distinct(first["trace_id"]).as_py()
+            bloom = {"trace_id": {"ndv": traces, "fpp": BLOOM_FALSE_POSITIVES}}
+        writer_class: Any = pq.ParquetWriter  # its published types know neither streams nor bloom filters
+        self._stream: Any = table.io.new_output(self._path).create()
+        self._writer = writer_class(
+            self._stream,
+            layout.schema,
             compression="zstd",
             compression_level=ZSTD_LEVEL,
-            use_dictionary=[leaf for leaf in leaves if leaf not in PLAIN_COLUMNS],
-            write_statistics=[leaf for leaf in leaves if "." not in leaf],  # see NO_METRICS
+            use_dictionary=[leaf for leaf in layout.leaves if leaf not in PLAIN_COLUMNS],
+            write_statistics=[leaf for leaf in layout.leaves if "." not in leaf],  # see NO_METRICS
             write_page_index=True,
             max_rows_per_page=PAGE_ROWS,
             store_decimal_as_integer=True,
             bloom_filter_options=bloom,
         )
-        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
-        writer.close()
-        metadata = writer.writer.metadata
-    schema = table.schema()
-    plan = {
-        number: replace(column, mode=NO_METRICS) if "." in column.column_name else column
-        for number, column in compute_statistics_plan(schema, table.properties).items()
-    }
-    statistics = data_file_statistics_from_parquet_metadata(
-        metadata, plan, parquet_path_to_id_mapping(schema)
-    )
-    return DataFile.from_args(
-        content=DataFileContent.DATA,
-        file_path=path,
-        file_format=FileFormat.PARQUET,
-        partition=key.partition if key else Record(),
-        file_size_in_bytes=len(table.io.new_input(path)),
-        spec_id=table.spec().spec_id,
-        sort_order_id=None,
-        equality_ids=None,
-        key_metadata=None,
-        **statistics.to_serialized_dict(),
-    )
+
+    def write(self, rows: pa.Table) -> None:
+        self._writer.write_table(_in_order(rows), row_group_size=ROW_GROUP_ROWS)
+
+    def abandon(self) -> None:
+        """Ends a file that nobody will name."""
+        self._writer.is_open = False  # else it would write its end when it is collected
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+    def finish(self) -> DataFile:
+        self._writer.close()
+        size = self._stream.tell()
+        self._stream.close()
+        layout = self._layout
+        statistics = data_file_statistics_from_parquet_metadata(
+            self._writer.writer.metadata, layout.statistics, layout.field_ids
+        )
+        return DataFile.from_args(
+            content=DataFileContent.DATA,
+            file_path=self._path,
+            file_format=FileFormat.PARQUET,
+            partition=self._key.partition if self._key else Record(),
+            file_size_in_bytes=size,
+            spec_id=self._table.spec().spec_id,
+            sort_order_id=None,
+            equality_ids=None,
+            key_metadata=None,
+            **statistics.to_serialized_dict(),
+        )
+
+
+class _Files:
+    """The files of one upload, one open for each partition."""
+
+    def __init__(self, table: Table, layout: _Layout) -> None:
+        self._table, self._layout = table, layout
+        self._open: dict[tuple[Any, ...], _File] = {}
+        self._finished: list[DataFile] = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():  # those of an upload that failed
+            file.abandon()
+
+    def write(self, rows: pa.Table) -> None:
+        for values, part in _partitions(self._table, _adapt(rows, self._layout.schema)):
+            if values not in self._open:
+                if len(self._open) == FILES_OPEN_MAX:
+                    self._finish(next(iter(self._open)))
+                self._open[values] = _File(self._table, self._layout, values, part)
+            self._open[values].write(part)
+
+    def _finish(self, values: tuple[Any, ...]) -> None:
+        self._finished.append(self._open[values].finish())
+        del self._open[values]
+
+    def finish(self) -> tuple[DataFile, ...]:
+        while self._open:
+            self._finish(next(iter(self._open)))
+        return tuple(self._finished)
 
 
 def _in_order(rows: pa.Table) -> pa.Table:
     """By trace and start, as `span_table` gives them already: moving rows with maps costs half of writing them."""
-    keys: Any = [(name, "ascending") for name in ("trace_id", "start_time") if name in rows.column_names]
-    order = pc.sort_indices(rows, keys)
-    return rows if np.array_equal(order, np.arange(len(order))) else rows.take(order)
+    names = [name for name in ("trace_id", "start_time") if name in rows.column_names]
+    ordered: Any = False
+    for name in reversed(names):
+        before, after = rows[name][:-1], rows[name][1:]
+        ordered = pc.or_(pc.less(before, after), pc.and_(pc.equal(before, after), ordered))
+    keys: Any = [(name, "ascending") for name in names]
+    return rows if pc.all(ordered).as_py() else rows.sort_by(keys)
 
 
 @functools.lru_cache(8)

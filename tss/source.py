@@ -47,7 +47,13 @@ REQUEST_TIMEOUT_SECS = 10.0
 PARTITIONS_REFRESH_SECS = 30.0
 CLIENTS_REPLACED_SECS = 60.0  # without an answer; most restarts of a broker take less
 DEAD_LETTER_TIMEOUT_SECS = 30.0
-PREFETCH_BYTES = 64 << 20  # librdkafka's own queue; its default of 64 MB a partition would be gigabytes
+PREFETCH_BYTES = (
+    16 << 20
+)  # in librdkafka's own queue, two batches; what one answer of a broker brings comes on top
+FETCH_BYTES = 8 << 20  # one answer; its default of 50 MB would be what a reader holds
+REFILL_MS = (
+    20  # until a full queue is looked at again; by default a second, in which a reader empties it and waits
+)
 DETAIL_CHARS_MAX = 500
 CLOCKS_APART_MS = 10_000  # by how much clocks of processes may differ
 OUTLIVED_SHARE = 0.5  # of a verdict's time: the rest is for reading again what follows the commit
@@ -168,7 +174,9 @@ class Source:
             "auto.offset.reset": "error",  # every start is explicit; falling off the log's end is said aloud
             "enable.partition.eof": True,
             "queued.max.messages.kbytes": PREFETCH_BYTES >> 10,
-            "fetch.message.max.bytes": 4 << 20,
+            "fetch.max.bytes": FETCH_BYTES,
+            "fetch.message.max.bytes": FETCH_BYTES // 2,
+            "fetch.queue.backoff.ms": REFILL_MS,
             "error_cb": self._on_error,
             "on_commit": self._on_commit,
         }

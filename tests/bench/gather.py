@@ -74,8 +74,8 @@ def main(runs: int) -> None:
                 sum(pieces.spans for *_, pieces in few),
                 TWIN_RUNS,
             )
-            upload = cost(lambda: sink.upload("spans", table), table.num_rows, runs)  # noqa: B023
-            [file] = sink.upload("spans", table).files
+            upload = cost(lambda: sink.upload("spans", [table]), table.num_rows, runs)  # noqa: B023
+            [file] = sink.upload("spans", [table]).files
             print(
                 f"layout {layout:3} {fast!s:>24}  {slow!s:>28}  {slow.median / fast.median:12.1f}  {upload!s:>24}"
                 f"  {file.file_size_in_bytes / table.num_rows:.1f}"

@@ -257,8 +257,8 @@ class _SpansFirst(SimTables):
 
     _spans: Upload | None = None
 
-    def upload(self, kind: Any, rows: Any) -> Any:
-        made = super().upload(kind, rows)
+    def upload(self, kind: Any, parts: Any) -> Any:
+        made = super().upload(kind, parts)
         self._spans = made if kind == "spans" else None
         return made
 

@@ -23,6 +23,7 @@ from tss.rules import RuleSet
 from tss.service import BACKOFF_SECS
 from tss.source import Source, lowest_commit
 
+PART_BYTES = 1000  # of payloads: so that what is kept is written in parts
 METRICS = Metrics()  # of all histories: nobody reads them
 
 
@@ -105,6 +106,7 @@ class Worker:
                 restoring=restoring,
                 adopts=number == 0,
                 fresh_id=lambda: f"{self._ids.getrandbits(128):032x}",
+                part_bytes=PART_BYTES,
             )
             for number in range(settings.app.evaluation_workers)
         ]

@@ -7,7 +7,7 @@ lost, can be lost with its answer, and can land late, when its sender has given 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,8 +84,9 @@ class SimTables:
         self._world.pause(self._chance.uniform(*LATENCY_SECS))
         self._world.outside(self._process)
 
-    def upload(self, kind: Kind, rows: pa.Table) -> SimUpload:
+    def upload(self, kind: Kind, parts: Iterable[pa.Table]) -> SimUpload:
         self._ask()
+        rows = pa.concat_tables(parts)
         self._answer()
         return SimUpload(kind, (), rows.num_rows, rows)
 

@@ -28,8 +28,8 @@ def _rows_landed(change: Callable[[pa.Table], pa.Table]) -> AbstractContextManag
     """Tables that land something else than what they were given as spans."""
     upload = SimTables.upload
 
-    def altered(self: SimTables, kind: Any, rows: pa.Table) -> Upload:
-        return upload(self, kind, change(rows) if kind == "spans" else rows)
+    def altered(self: SimTables, kind: Any, parts: Iterable[pa.Table]) -> Upload:
+        return upload(self, kind, [change(pa.concat_tables(parts))] if kind == "spans" else parts)
 
     return patch.object(SimTables, "upload", altered)
 
