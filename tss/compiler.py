@@ -199,9 +199,7 @@ def main(arguments: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="tss: %(message)s")
     if APART in arguments:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        with contextlib.suppress(
-            OSError
-        ):  # where memory is short, it is this process that must go; Linux only
+        with contextlib.suppress(OSError):  # Linux: where memory is short, it is this process that must go
             Path("/proc/self/oom_score_adj").write_text("1000")
     load("numba")
 

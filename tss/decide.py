@@ -46,9 +46,7 @@ from tss.wire import new_error, payload_mask
 
 log = logging.getLogger("tss")
 
-PART_BYTES = (
-    8 << 20
-)  # payloads on their way to a file at once; what becomes of them takes some six times as much
+PART_BYTES = 8 << 20  # payloads on their way to a file at once; as rows they take some six times as much
 SPAN_BYTES_GUESS = 2 << 10  # of a payload, before the first part has told
 RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
 SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flushed, for its memory's sake

@@ -16,12 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-ARENAS_MAX = (
-    2  # of glibc; threads that allocate at the same time are few, as most of them want the interpreter
-)
-GIVE_BACK_SECS = (
-    1.0  # between two looks for memory that is free: some ms each, and what comes back is touched anew
-)
+ARENAS_MAX = 2  # of glibc; few threads allocate at the same time, as most of them want the interpreter
+GIVE_BACK_SECS = 1.0  # between two looks for free memory: some ms each, and what comes back is touched anew
 COMPILER = "libllvmlite.so"
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h

@@ -23,9 +23,7 @@ from tss.native import U0, U1, U7, U, UInt, inner, kernel
 Numbers = NDArray[np.uint64]
 
 ORIGIN_BYTES_MIN = 2  # a distance and a number of spans
-TEXT_BYTES_MAX = (
-    44  # of an origin: a partition and an offset of up to 20 digits, and a sign before or after each
-)
+TEXT_BYTES_MAX = 44  # of an origin: a partition and an offset of up to 20 digits, a sign before or after each
 COLON, COMMA, DASH, SEMICOLON, ZERO = (U(ord(sign)) for sign in ":,-;0")
 
 

@@ -45,9 +45,7 @@ from tss import config
 from tss.config.models import PREFIX
 from tss.errors import BadRequest, Unavailable
 
-SQL_MAX_BYTES = (
-    8 * 1024
-)  # planning time grows with the square of it; the longest sensible query is a tenth of it
+SQL_MAX_BYTES = 8 << 10  # planning time grows with its square; the longest sensible query is a tenth of it
 RESULT_MAX_BYTES = 64 << 20  # of rows as JSON; wide rows reach it before the row cap does
 QUEUE_MAX = 16  # queries that wait their turn; more would only wait to be timed out
 REFRESH_SECS = 1.0  # how long a look at the catalog is good for

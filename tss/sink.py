@@ -99,9 +99,7 @@ PAGE_ROWS = 4096
 BLOOM_FALSE_POSITIVES = 0.01
 ZSTD_LEVEL = 1  # level 9 saves 8 % and takes 2.7 times as long
 EPOCHS_KEPT = 8
-REQUEST_TIMEOUT = (
-    "tss.request-timeout-secs"  # a catalog property of ours: it must be there before the first request
-)
+REQUEST_TIMEOUT = "tss.request-timeout-secs"  # a catalog property: must be there before the first request
 CONFLICT_ATTEMPTS_MAX = 20  # then the caller backs off and reports
 CONFLICT_WAIT_SECS = 0.05
 LOADED_SECS = 60.0  # files may be laid out as the table was so long ago: a catalog's keys last longer

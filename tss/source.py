@@ -47,12 +47,10 @@ REQUEST_TIMEOUT_SECS = 10.0
 PARTITIONS_REFRESH_SECS = 30.0
 CLIENTS_REPLACED_SECS = 60.0  # without an answer; most restarts of a broker take less
 DEAD_LETTER_TIMEOUT_SECS = 30.0
-PREFETCH_BYTES = (
-    16 << 20
-)  # in librdkafka's own queue, two batches; what one answer of a broker brings comes on top
+PREFETCH_BYTES = 16 << 20  # in librdkafka's own queue, two batches; what one answer brings comes on top
 FETCH_BYTES = 8 << 20  # one answer; its default of 50 MB would be what a reader holds
 REFILL_MS = (
-    20  # until a full queue is looked at again; by default a second, in which a reader empties it and waits
+    20  # until a full queue is looked at again; after a second, the default, a reader would wait for it
 )
 DETAIL_CHARS_MAX = 500
 CLOCKS_APART_MS = 10_000  # by how much clocks of processes may differ
@@ -182,9 +180,8 @@ class Source:
         }
         if settings.group_instance_id:
             options["group.instance.id"] = settings.group_instance_id
-        if (
-            self._embedded
-        ):  # the mock broker answers an empty fetch only after its whole wait, and rebalances as slowly
+        if self._embedded:
+            # The mock broker answers an empty fetch only after its whole wait, and rebalances as slowly.
             options |= {"fetch.wait.max.ms": 20, "session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
         try:
             self._consumer = self._clients.consumer(common | options)
