@@ -1,5 +1,5 @@
 """python -m tests.bench: what tss costs on this machine, from Kafka to the table; `scale`: the same with much pending,
-and several workers or servers; `decode`, `gather`: what its kernels cost."""
+and several workers or servers; `steady`: memory and lag over time; `decode`, `gather`: what its kernels cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench import decode, gather, path, report, scale
+from tests.bench import decode, gather, path, report, scale, steady
 from tests.bench.generate import LAYOUTS
 from tests.bench.outside import real
 from tests.bench.path import Case, Plan
@@ -61,6 +61,12 @@ def main(arguments: list[str]) -> None:
     larger.add_argument(
         "--nodes", type=int, nargs="+", default=[1], metavar="N", help="of Redis; a cluster if several"
     )
+    longer = parts.add_parser("steady", help="memory and lag of a worker under a steady stream")
+    longer.add_argument("--layout", choices=LAYOUTS, default="B", help="default: B")
+    longer.add_argument(
+        "--rate", type=int, default=20_000, metavar="SPANS", help="a second (default: 20,000)"
+    )
+    longer.add_argument("--minutes", type=float, default=30, help="default: 30")
     for name, what in (("decode", "records to chunks"), ("gather", "chunks to the table of spans")):
         kernels = parts.add_parser(name, help=f"kernels against their slow twin: {what}")
         kernels.add_argument(
@@ -69,11 +75,12 @@ def main(arguments: list[str]) -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["path", *arguments]
     options = parser.parse_args(arguments)
-    if options.part in ("path", "scale"):
+    whole_paths = {"path": _path, "scale": _scale, "steady": _steady}
+    if options.part in whole_paths:
         if not SELF.exists():
             parser.error(f"{options.part} reads CPU times from /proc, which Linux alone has")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the parts are ended
-        (_path if options.part == "path" else _scale)(options)
+        whole_paths[options.part](options)
         return
     versions = " ".join(
         f"{name} {importlib.metadata.version(name)}"
@@ -120,6 +127,11 @@ def _scale(options: argparse.Namespace) -> None:
             outside, options.layout, options.spans, list(dict.fromkeys(sizes)), options.runs
         )
         print(scale.markdown(found, outside.versions))
+
+
+def _steady(options: argparse.Namespace) -> None:
+    with real("rest") as outside:
+        print(steady.markdown(steady.measure(outside, options.layout, options.rate, options.minutes * 60)))
 
 
 if __name__ == "__main__":

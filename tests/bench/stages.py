@@ -124,7 +124,15 @@ def cpu_seconds(process: Path, *, with_children: bool) -> float:
 
 
 def peak_rss_bytes(process: Path) -> int:
+    return _status_bytes(process, "VmHWM")
+
+
+def rss_bytes(process: Path) -> int:
+    return _status_bytes(process, "VmRSS")
+
+
+def _status_bytes(process: Path, name: str) -> int:
     for line in (process / "status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{process}/status has no VmHWM")
+    raise OSError(f"{process}/status has no {name}")

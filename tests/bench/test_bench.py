@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.bench import collector, path, report, scale
+from tests.bench import collector, path, report, scale, steady
 from tests.bench.generate import LAYOUTS
 from tests.bench.outside import embedded
 from tests.bench.path import RULE_VALUES, Case, Plan
@@ -106,3 +106,15 @@ def test_a_run_of_two_workers_beside_what_is_pending(tmp_path: Path) -> None:
     assert found.run.outcome.spans >= SPANS
     assert 300 < found.bytes_per_trace < 2000
     assert "| 5,000 | 2 | 1 |" in scale.markdown([found], {"Kafka": "mock"})
+
+
+@pytest.mark.embedded
+def test_a_steady_stream_is_watched(tmp_path: Path) -> None:
+    """All that was sent within the time is decided, and memory and lag were looked at meanwhile."""
+    with embedded(tmp_path) as outside:
+        found = steady.measure(outside, "B", spans_per_sec=1000, secs=6, inactivity_secs=2)
+    assert 5_000 <= found.spans <= 8_000
+    assert found.samples
+    assert all(sample.worker_bytes > 50_000_000 for sample in found.samples)
+    assert found.peak_rss_bytes >= max(sample.worker_bytes for sample in found.samples)
+    assert "| 3 |" in steady.markdown(found)

@@ -7,10 +7,13 @@ speed: `LOG_SPANS_PER_SEC` of them fall into each second.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,7 @@ LOG_SPANS_PER_SEC = 20_000
 INACTIVITY_SECS = 10  # so some 200,000 spans wait, in layout C for less than four times what a trace takes
 AGE_SECS = 3600  # of the newest record: at the log's end all becomes due at once
 SPAN_BEGIN = re.compile(rb"\x0a\x10(.{16})\x12\x08", re.DOTALL)  # trace id, then the head of the span id
+PACE_SECS = 0.005  # a pause shorter than that is not worth it
 PRODUCER = {
     "linger.ms": 20,
     "batch.size": 900_000,
@@ -62,17 +66,31 @@ def fill(brokers: str, topic: str, layout: str, spans: int, *, seed: int = 1) ->
     base_spans = sum(len(record.at) for record in base)
     rounds = -(-spans // base_spans)
     begin_ms = int(time.time() * 1000) - 1000 * (AGE_SECS + rounds * base_spans // LOG_SPANS_PER_SEC)
-    producer = Producer({"bootstrap.servers": brokers, **PRODUCER})
-    failed: list[Any] = []
     sent_spans = sent_bytes = 0
-    for number, (value, count) in enumerate(_repeated(base, rounds, seed)):
-        at_ms = begin_ms + 1000 * sent_spans // LOG_SPANS_PER_SEC
-        _send(producer, failed, topic, value, partition=number % PARTITIONS, timestamp=at_ms)
-        sent_spans += count
-        sent_bytes += len(value)
-    assert producer.flush(120) == 0
-    assert not failed, failed[0]
+    with _sending(brokers, topic) as send:
+        for value, count in _repeated(base, rounds, seed):
+            send(value, begin_ms + 1000 * sent_spans // LOG_SPANS_PER_SEC)
+            sent_spans += count
+            sent_bytes += len(value)
     return Filled(topic, layout, rounds * len(base), sent_spans, rounds * traces, sent_bytes)
+
+
+def send_paced(brokers: str, topic: str, layout: str, spans_per_sec: float, secs: float) -> int:
+    """So many spans a second for so long, dated when they are sent; returns their number once the broker has all."""
+    base, _ = _base(layout, min(BASE_SPANS, int(spans_per_sec * secs)))
+    sent_spans = 0
+    begun_secs = time.monotonic()
+    with _sending(brokers, topic) as send:
+        for value, count in _repeated(base, sys.maxsize, seed=time.time_ns()):
+            passed_secs = time.monotonic() - begun_secs
+            if passed_secs >= secs:
+                break
+            ahead_secs = sent_spans / spans_per_sec - passed_secs
+            if ahead_secs > PACE_SECS:
+                time.sleep(ahead_secs)
+            send(value, int(time.time() * 1000))
+            sent_spans += count
+    return sent_spans
 
 
 @functools.lru_cache(1)
@@ -107,15 +125,27 @@ def _repeated(base: list[Base], rounds: int, seed: int) -> Iterator[tuple[bytes,
             yield value.tobytes(), len(record.at)
 
 
-def _send(producer: Any, failed: list[Any], topic: str, value: bytes, **where: int) -> None:
+@contextmanager
+def _sending(brokers: str, topic: str) -> Iterator[Callable[[bytes, int], None]]:
+    """Sends a value of a time, to partitions in turn; in the end the broker has them all."""
+    producer = Producer({"bootstrap.servers": brokers, **PRODUCER})
+    failed: list[Any] = []
+    partitions = itertools.cycle(range(PARTITIONS))
+
     def delivered(error: Any, _: Any) -> None:
         if error:
             failed.append(error)
 
-    while True:
-        try:
-            producer.produce(topic, value, on_delivery=delivered, **where)
-            producer.poll(0)
-            return
-        except BufferError:
-            producer.poll(0.2)
+    def send(value: bytes, at_ms: int) -> None:
+        partition = next(partitions)
+        while True:
+            try:
+                producer.produce(topic, value, partition=partition, timestamp=at_ms, on_delivery=delivered)
+                producer.poll(0)
+                return
+            except BufferError:
+                producer.poll(0.2)
+
+    yield send
+    assert producer.flush(120) == 0
+    assert not failed, failed[0]
