@@ -35,6 +35,7 @@ from tss.embedded import EmbeddedKafka
 INACTIVITY_SECS = 3.0
 LEASE_SECS = 3.0
 FLUSH_SECS = 0.5
+VERDICT_SECS = 300.0  # a soak sees memory stop growing only where verdicts expire within its first third
 SHUTDOWN_SECS = 20.0  # the deadline of a stop; on a loaded machine a commit takes seconds
 STORAGE_TIMEOUT_SECS = 4.0
 SMALL_DISK_MB = 48
@@ -46,6 +47,7 @@ SHORT = QUICK | {
     "TSS__APP__SHUTDOWN_TIMEOUT_SECS": f"{SHUTDOWN_SECS:g}",
     "TSS__APP__EVALUATION_WORKERS": "2",
     "TSS__REDIS__CONNECTION_TIMEOUT_SECS": "2",
+    "TSS__REDIS__TRACE_TTL_SECS": f"{VERDICT_SECS:g}",
     "TSS__STORAGE__FLUSH_INTERVAL_SECS": f"{FLUSH_SECS:g}",
     "TSS__STORAGE__REQUEST_TIMEOUT_SECS": f"{STORAGE_TIMEOUT_SECS:g}",
 }
