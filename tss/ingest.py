@@ -193,6 +193,7 @@ class Ingest:
         self._committed.clear()
         self.source.begin(epoch)
         self.source.resume()
+        self._next_usage = 0.0  # a reader that begins again and again must not pass by a full Redis each time
         self._begun = True
 
     def recover(self, fault: Unavailable) -> None:
