@@ -220,6 +220,7 @@ class SimConsumer:
         self._position: dict[int, int] = {}
         self._paused: set[int] = set()
         self._told_end: dict[int, int] = {}
+        self._commits: list[list[TopicPartition]] = []
         self._outcomes: deque[tuple[KafkaError | None, list[TopicPartition]]] = deque()
         self._chance = self._world.chance(f"consumer {process.name} {self._world.now_secs}")
 
@@ -348,15 +349,23 @@ class SimConsumer:
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool) -> None:
         if asynchronous:
             self._world.outside(self.process)
-            self._world.after(self._broker.latency(), lambda: self._commit_later(offsets))
+            self._commits.append(offsets)
+            self._world.after(self._broker.latency(), lambda: self._land_until(offsets))
             return
         self._broker.ask(self.process)
+        if self._commits:
+            self._land_until(self._commits[-1])
         error = self._broker.commit(self, offsets)
         self._broker.answer(self.process)
         if error is not None:
             raise KafkaException(error)
 
-    def _commit_later(self, offsets: list[TopicPartition]) -> None:
+    def _land_until(self, last: list[TopicPartition]) -> None:
+        """Commits of one client go over one connection: none overtakes another."""
+        while any(offsets is last for offsets in self._commits):
+            self._land(self._commits.pop(0))
+
+    def _land(self, offsets: list[TopicPartition]) -> None:
         if self._broker.down:
             error: KafkaError | None = KafkaError(KafkaError._TRANSPORT, "the brokers are away")
         else:
