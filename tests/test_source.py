@@ -395,6 +395,16 @@ def test_batches_are_bounded_by_bytes(kafka: Kafka) -> None:
     assert numbers(reader.records) == list(range(200))
 
 
+def test_a_batch_of_a_backlog_is_of_all_partitions(wide_kafka: Kafka) -> None:
+    """Partitions are read side by side, not one after another: pieces of a trace on several of them meet in a batch."""
+    for partition in range(PARTITIONS):
+        wide_kafka.produce(200, partition=partition, size=20_000)
+    reader = wide_kafka.reader()
+    reader.until(lambda: len(reader.records) == 200 * PARTITIONS)
+    largest = max(reader.batches, key=len)
+    assert {record.partition for record in largest} == set(range(PARTITIONS))
+
+
 def test_tombstones_are_records(kafka: Kafka) -> None:
     """A record without a value is read like any other: its offset counts."""
     producer = Producer({"bootstrap.servers": kafka.brokers})

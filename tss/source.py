@@ -49,6 +49,9 @@ CLIENTS_REPLACED_SECS = 60.0  # without an answer; most restarts of a broker tak
 DEAD_LETTER_TIMEOUT_SECS = 30.0
 PREFETCH_BYTES = 16 << 20  # in librdkafka's own queue, two batches; what one answer brings comes on top
 FETCH_BYTES = 8 << 20  # one answer; its default of 50 MB would be what a reader holds
+# Of one partition in it. A trace's spans are spread over partitions, so a batch of few of them has it in more pieces:
+# 4 MB here cost half as much again for each span. Less is not to be had: Kafka gives whole batches of up to 1 MB.
+PARTITION_FETCH_BYTES = 1 << 20
 REFILL_MS = (
     20  # until a full queue is looked at again; after a second, the default, a reader would wait for it
 )
@@ -173,7 +176,7 @@ class Source:
             "enable.partition.eof": True,
             "queued.max.messages.kbytes": PREFETCH_BYTES >> 10,
             "fetch.max.bytes": FETCH_BYTES,
-            "fetch.message.max.bytes": FETCH_BYTES // 2,
+            "fetch.message.max.bytes": PARTITION_FETCH_BYTES,
             "fetch.queue.backoff.ms": REFILL_MS,
             "error_cb": self._on_error,
             "on_commit": self._on_commit,
