@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from tss.config import Config, Kafka, describe, load, table
+from tss.config import Config, Kafka, child_environment, describe, load, table
 from tss.config.keys import RENAMED, REPLACED, SECTIONS, SETTINGS
 from tss.errors import ConfigError
 
@@ -46,6 +46,13 @@ def test_only_the_given_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     """What the process environment says reaches neither `load` nor a Config made by hand."""
     monkeypatch.setenv("TSS__KAFKA__BROKERS", "elsewhere:1")
     assert load({}).kafka.brokers == Config().kafka.brokers == "localhost:9092"
+
+
+def test_a_child_process_is_told_no_settings() -> None:
+    """They hold secrets, in whatever case they are written; it still finds this package, and all else is passed on."""
+    given = {"TSS__REDIS__PASSWORD": "a", "tss__redis__username": "b", "PYTHONPATH": "/else", "HOME": "/root"}
+    package = Path(__file__).parent.parent
+    assert child_environment(given) == {"HOME": "/root", "PYTHONPATH": str(package)}
 
 
 PLAN = {

@@ -38,8 +38,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from tss import model, resp, rows, wire
-from tss.config.models import PREFIX
+from tss import config, model, resp, rows, wire
 from tss.judge import ListRecords
 from tss.model import Record
 from tss.resp import ChunkWrites
@@ -162,12 +161,7 @@ def compile_apart(stop: threading.Event) -> Kernels:
 
 def _run_compiler(stop: threading.Event) -> str:
     """Fills the cache, or is killed when `stop` comes; what it said."""
-    # It needs none of our settings, and there are secrets among them.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment |= {
-        "NUMBA_CACHE_DIR": str(use_cache().parent),
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    cache = {"NUMBA_CACHE_DIR": str(use_cache().parent)}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,
         subprocess.Popen(
@@ -175,7 +169,7 @@ def _run_compiler(stop: threading.Event) -> str:
             stdin=subprocess.PIPE,  # nothing is written to it: it closes when this process ends, however it ends
             stdout=said,
             stderr=said,
-            env=environment,
+            env=config.child_environment(os.environ) | cache,
             start_new_session=True,  # Ctrl-C is for us to handle
         ) as child,
     ):

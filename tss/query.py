@@ -40,9 +40,7 @@ from typing import Any
 
 import pyarrow as pa
 
-import tss
 from tss import config
-from tss.config.models import PREFIX
 from tss.errors import BadRequest, Unavailable
 
 SQL_MAX_BYTES = 8 << 10  # planning time grows with its square; the longest sensible query is a tenth of it
@@ -261,15 +259,11 @@ class _Child:
 
     @classmethod
     async def start(cls, limits: Limits) -> _Child:
-        # Everything but our own settings: among them are secrets that no query needs.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        environment["PYTHONPATH"] = str(Path(tss.__file__).parent.parent)
-        environment["RUST_BACKTRACE"] = "0"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "tss.query_worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=environment,
+            env=config.child_environment(os.environ) | {"RUST_BACKTRACE": "0"},
             start_new_session=True,  # Ctrl-C is for us to handle; a child ends when its pipe does
         )
         child = cls(process, limits)

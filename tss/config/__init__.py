@@ -21,7 +21,7 @@ from tss.config.models import (
     Sampling,
     Storage,
 )
-from tss.config.reading import FILE_VARIABLE, load
+from tss.config.reading import FILE_VARIABLE, child_environment, load
 from tss.config.showing import describe, table
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Redis",
     "Sampling",
     "Storage",
+    "child_environment",
     "describe",
     "load",
     "table",

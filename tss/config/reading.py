@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
+import tss
 from tss.config.clashes import clashes
 from tss.config.keys import RENAMED, REPLACED, SECTIONS, SETTINGS, Key
 from tss.config.models import PREFIX, Config
@@ -60,6 +61,12 @@ def load(environ: Mapping[str, str]) -> Config:
         count = "1 setting" if len(faults) == 1 else f"{len(faults)} settings"
         raise ConfigError("\n  ".join([f"{count} cannot work:", *map(str, faults)]))
     return config
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for a child process that finds this package, without our settings: there are secrets among them."""
+    others = {name: text for name, text in environ.items() if not name.upper().startswith(PREFIX)}
+    return others | {"PYTHONPATH": str(Path(tss.__file__).parent.parent)}
 
 
 def _in_environment(environ: Mapping[str, str], faults: list[Fault]) -> Iterator[Found]:
