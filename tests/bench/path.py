@@ -190,14 +190,10 @@ def _secs_to_ready_and_compiled(env: Mapping[str, str], log: Path) -> tuple[floa
 
     try:
         ready_secs = secs_until(lambda: worker.request("GET", "/health/ready")[0] == 200)
-        return ready_secs, secs_until(lambda: _kernels(worker) == "compiled")
+        return ready_secs, secs_until(lambda: worker.pipeline()["kernels"] == "compiled")
     finally:
         if worker.process.poll() is None:
             worker.terminate()
-
-
-def _kernels(worker: Worker) -> object:
-    return worker.request("GET", "/health")[1]["pipeline"]["kernels"]
 
 
 def _add_rules(env: Mapping[str, str]) -> None:

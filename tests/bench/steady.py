@@ -108,13 +108,13 @@ def _watched(
         DRAINED_SECS,
         lambda: samples[-1:],
     )
-    wait_for(lambda: _pipeline(worker)["pending_spans"] == 0, DRAINED_SECS, lambda: _pipeline(worker))
+    wait_for(lambda: worker.pipeline()["pending_spans"] == 0, DRAINED_SECS, worker.pipeline)
     worker_secs, redis_secs = (now - then for now, then in zip(cpu(), before, strict=True))
     return Steady(layout, sent[0], took, samples, peak_rss_bytes(process), worker_secs, redis_secs)
 
 
 def _sample(worker: Worker, servers: Servers, process: Path, at_secs: float) -> Sample:
-    pipeline = _pipeline(worker)
+    pipeline = worker.pipeline()
     return Sample(
         round(at_secs, 1),
         rss_bytes(process),
@@ -123,11 +123,6 @@ def _sample(worker: Worker, servers: Servers, process: Path, at_secs: float) -> 
         pipeline["pending_spans"] or 0,
         pipeline["due_traces"],
     )
-
-
-def _pipeline(worker: Worker) -> dict[str, int]:
-    found: dict[str, int] = worker.request("GET", "/health")[1]["pipeline"]
-    return found
 
 
 def markdown(found: Steady) -> str:

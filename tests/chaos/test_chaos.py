@@ -82,7 +82,7 @@ def test_a_decided_batch_that_waits_is_told(stack_fleet: Fleet) -> None:
     assert proxy is not None
 
     def told() -> bool:
-        age = worker.request("GET", "/health")[1]["pipeline"]["oldest_open_sequence_age_secs"] or 0
+        age = worker.pipeline()["oldest_open_sequence_age_secs"] or 0
         metrics = worker.metrics()
         ages = [
             v for name, v in metrics.items() if name.startswith("tail_sampling_open_sequence_age_seconds")

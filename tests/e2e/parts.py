@@ -132,6 +132,13 @@ class Worker:
         except OSError:
             return 0, None
 
+    def pipeline(self) -> dict[str, Any]:
+        """How far it is, as /health tells it."""
+        status, body = self.request("GET", "/health")
+        assert status, self._state()
+        found: dict[str, Any] = body["pipeline"]
+        return found
+
     def query(self, sql: str) -> list[dict[str, Any]]:
         status, body = self.request("POST", "/admin/query", {"sql": sql})
         assert status == 200, body

@@ -22,10 +22,6 @@ STOP_SECS = 15  # half of what a worker allows itself
 pytestmark = [pytest.mark.embedded, pytest.mark.parametrize("parts", ["embedded"], indirect=True)]
 
 
-def kernels(worker: Worker) -> object:
-    return worker.request("GET", "/health")[1]["pipeline"]["kernels"]
-
-
 def is_compiling(folder: Path) -> bool:
     """Whether a process holds the lock that compilers take, and that goes with them."""
     for path in folder.glob("*/lock"):
@@ -66,11 +62,11 @@ def test_a_worker_begins_at_once_and_changes_to_compiled_kernels(parts: Parts, t
     parts.env["NUMBA_CACHE_DIR"] = str(folder)
     env = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
     worker = parts.worker().ready()
-    assert kernels(worker) == "compiling"
+    assert worker.pipeline()["kernels"] == "compiling"
     wait_for(lambda: is_compiling(folder), 30, lambda: worker.log[-3000:])
     with subprocess.Popen([sys.executable, "-c", COMPILE], env=env, stdout=subprocess.PIPE) as other:
         decide(parts, worker, 20, seed=1)
-        wait_for(lambda: kernels(worker) == "compiled", COMPILE_SECS, lambda: worker.log[-3000:])
+        wait_for(lambda: worker.pipeline()["kernels"] == "compiled", COMPILE_SECS, lambda: worker.log[-3000:])
         assert other.communicate()[0] == b"0\n", "it waits instead of compiling the same"
     decide(parts, worker, 20, seed=2)
     assert total([worker], "tail_sampling_kernels_compiled") == 1

@@ -131,7 +131,7 @@ def test_kernels_and_their_twin_write_the_same_bytes(parts: Parts) -> None:
         60,
         lambda: [worker.log[-2000:] for worker in workers],
     )
-    used = [worker.request("GET", "/health")[1]["pipeline"]["kernels"] for worker in workers]
+    used = [worker.pipeline()["kernels"] for worker in workers]
     assert used == ["compiled", "python"]
     letters = Counter(value for _, value in parts.dead_letters(2 * len(refused)))
     for worker in workers:
