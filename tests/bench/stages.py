@@ -128,7 +128,11 @@ def peak_rss_bytes(process: Path) -> int:
 
 
 def rss_bytes(process: Path) -> int:
-    return _status_bytes(process, "VmRSS")
+    """0 when the process is gone."""
+    try:
+        return _status_bytes(process, "VmRSS")
+    except OSError:
+        return 0
 
 
 def _status_bytes(process: Path, name: str) -> int:

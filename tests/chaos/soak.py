@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import redis
 
+from tests.bench.stages import rss_bytes
 from tests.chaos.faults import FAULTS, Chaos
 from tests.chaos.fleet import Fleet
 from tests.chaos.report import Series
@@ -52,23 +54,13 @@ class Sampler:
     def _run(self) -> None:
         began = time.monotonic()
         while not self._stop.wait(SAMPLE_SECS):
-            workers = [resident_bytes(w.process.pid) for w in list(self._fleet.workers)]
+            workers = [rss_bytes(Path(f"/proc/{w.process.pid}")) for w in list(self._fleet.workers)]
             try:
                 with redis.Redis.from_url(self._fleet.ground.redis_url, socket_timeout=1) as client:
                     used = int(client.info("memory")["used_memory"])
             except redis.RedisError:
                 continue  # it is down just now
             self.samples.append(Sample(time.monotonic() - began, max(workers, default=0), used))
-
-
-def resident_bytes(pid: int) -> int:
-    """0 when the process is gone."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as status:  # noqa: PTH123 - no Path for what is no file
-            lines = [line for line in status if line.startswith("VmRSS:")]
-    except OSError:
-        return 0
-    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def soak(fleet: Fleet, minutes: float, seed: int) -> tuple[Series, list[Sample], list[str]]:
