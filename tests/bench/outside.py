@@ -27,9 +27,7 @@ REDIS_MAX_BYTES = 8 << 30  # never reached at the default size; a topic of milli
 WORKER = {
     "TSS__KAFKA__AUTO_OFFSET_RESET": "earliest",
     "TSS__OBSERVABILITY__HEALTH_ADDR": LOOPBACK,
-    "TSS__OBSERVABILITY__HEALTH_PORT": "0",
     "TSS__OBSERVABILITY__METRICS_ADDR": LOOPBACK,
-    "TSS__OBSERVABILITY__METRICS_PORT": "0",
     "TSS__OBSERVABILITY__LOG_LEVEL": "warning",
 }
 

@@ -108,12 +108,12 @@ def measure(outside: Outside, plan: Plan) -> Report:
 
 def run(outside: Outside, filled: Filled, case: Case, log: Path) -> Outcome:
     with outside.redis(1) as servers:
-        return run_with(env_of(outside, servers, filled, case), servers, filled, log)
+        return run_with(env_of(outside, servers, filled.topic, case), servers, filled, log)
 
 
-def env_of(outside: Outside, servers: Servers, filled: Filled, case: Case) -> dict[str, str]:
+def env_of(outside: Outside, servers: Servers, topic: str, case: Case) -> dict[str, str]:
     """The settings of this case, its rules stored."""
-    env = outside.fresh_env(filled.topic, servers) | case.env()
+    env = outside.fresh_env(topic, servers) | case.env()
     env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(INACTIVITY_SECS)
     if case.rules:
         _add_rules(env)
@@ -178,8 +178,7 @@ def measure_start(outside: Outside) -> Start:
 def _secs_to_ready_and_compiled(env: Mapping[str, str], log: Path) -> tuple[float, float]:
     """From the start of a worker; a warm one has its kernels before it is ready."""
     began_secs = time.monotonic()
-    own = {k: v for k, v in env.items() if not k.endswith(("HEALTH_PORT", "METRICS_PORT"))}
-    worker = Worker(own, log)
+    worker = Worker(env, log)
 
     def secs_until(condition: Callable[[], bool]) -> float:
         while not condition():

@@ -85,7 +85,7 @@ def _run(outside: Outside, filled: Filled, size: Size) -> Sized:
     case = Case(filled.layout, 10, 5)
     with outside.redis(size.nodes) as servers:
         servers.set(maxmemory=FILLED_MEMORY_BYTES // size.nodes, auto_aof_rewrite_percentage=0)
-        env = env_of(outside, servers, filled, case)
+        env = env_of(outside, servers, filled.topic, case)
         waiting = Waiting(config.load(env).redis, servers)
         outcome = run_with(
             env,

@@ -19,7 +19,6 @@ from tests.bench.outside import Outside, Servers, topic_name
 from tests.bench.path import Case, env_of
 from tests.bench.report import machine, progress
 from tests.bench.stages import cpu_seconds, peak_rss_bytes, rss_bytes
-from tests.bench.topics import Filled
 from tests.e2e.parts import Worker, total, wait_for
 
 INACTIVITY_SECS = 30
@@ -58,12 +57,9 @@ def measure(
     """Raises AssertionError when not every span that was sent has been decided in the end."""
     with outside.topic(topic_name(layout)) as topic, outside.redis(1) as servers:
         case = Case(layout, KEPT_PERCENT, RULES)
-        env = env_of(outside, servers, Filled(topic, layout, 0, 0, 0, 0), case) | {
-            "TSS__APP__INACTIVITY_TIMEOUT_SECS": str(inactivity_secs),
-            "TSS__KAFKA__AUTO_OFFSET_RESET": "earliest",
-        }
-        own = {k: v for k, v in env.items() if not k.endswith(("HEALTH_PORT", "METRICS_PORT"))}
-        worker = Worker(own, outside.folder / "steady.log")
+        env = env_of(outside, servers, topic, case)
+        env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(inactivity_secs)
+        worker = Worker(env, outside.folder / "steady.log")
         try:
             worker.ready()
             return _watched(worker, servers, outside.brokers, topic, layout, spans_per_sec, secs)

@@ -35,6 +35,8 @@ POLL_SECS = 0.1
 RUN_SECS = 900
 START_SECS = 120  # on a busy machine
 SELF = Path("/proc/self")
+# Workers run side by side, and nobody asks them over HTTP.
+ANY_PORTS = {f"TSS__OBSERVABILITY__{name}_PORT": "0" for name in ("HEALTH", "METRICS")}
 
 KAFKA = "Kafka client"
 DECODE = "scan, match, group, pack"
@@ -183,7 +185,7 @@ class Measured:
     """A worker's process, started; its log is at hand when it fails."""
 
     def __init__(self, env: Mapping[str, str], log: Path) -> None:
-        own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | dict(env)
+        own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | ANY_PORTS | dict(env)
         self._log = log
         with log.open("w") as out:
             self._process = subprocess.Popen(
