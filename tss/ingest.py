@@ -41,8 +41,10 @@ POLL_SECS = 0.2  # longest wait for a first record; bounds how late a rebalance 
 END_CHECK_SECS = 1.0
 USAGE_SECS = 1.0
 RESUME_SHARE = 0.9  # of the budget: room for some batches before the next pause
-SIZES = 1 << 18  # counters for the sizes of traces; traces that share one are taken for one
-SPREAD, SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(64 - 18)  # a trace id's second half to its counter
+SIZES_BITS = 18
+SIZES = 1 << SIZES_BITS  # counters for the sizes of traces; traces that share one are taken for one
+# A trace id's second half to its counter: multiplied, and of that the first bits.
+SPREAD, SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(64 - SIZES_BITS)
 SIZES_CHUNKS = SIZES // 2  # counted before the counters are put aside for new ones, so few traces share one
 RELIEF_TRACES = 2000  # claimed early in one look while memory is short
 
