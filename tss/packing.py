@@ -117,7 +117,6 @@ class Packing:
         self._form = form
         self._training = training
         self._samples: list[bytes] | None = []
-        self._sampled_bytes = 0
         self._compressor: zstandard.ZstdCompressor | None = None
 
     @property
@@ -135,15 +134,12 @@ class Packing:
         """Takes some of the payloads, spread over the batch, and trains when they are enough."""
         if self._samples is None:
             return
-        room = self._training.sample_bytes - self._sampled_bytes
+        room = self._training.sample_bytes - sum(map(len, self._samples))
         held = int((chunks.field_at[1:] - chunks.payload_at).sum())
         for payload in list(_payloads(chunks))[:: max(1, held // max(1, room))]:
             self._samples.append(bytes(payload[:SAMPLE_PAYLOAD_BYTES]))
-            self._sampled_bytes += len(self._samples[-1])
-        if (
-            self._sampled_bytes >= self._training.sample_bytes
-            and len(self._samples) >= self._training.samples_min
-        ):
+        enough = len(self._samples) >= self._training.samples_min
+        if enough and sum(map(len, self._samples)) >= self._training.sample_bytes:
             samples, self._samples = self._samples, None
             self._train(samples)
 
