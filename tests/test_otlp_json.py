@@ -41,7 +41,7 @@ def read_value(value: object) -> AnyValue:
 
 
 def test_the_example_of_the_specification() -> None:
-    """The document that OpenTelemetry publishes as the example of a trace is read in full."""
+    """A document like the one that OpenTelemetry publishes as the example of a trace is read in full."""
     document = {
         "resourceSpans": [
             {
@@ -49,7 +49,7 @@ def test_the_example_of_the_specification() -> None:
                 "scopeSpans": [
                     {
                         "scope": {
-                            "name": "my.library",
+                            "name": "shop.checkout",
                             "version": "1.0.0",
                             "attributes": [
                                 {
@@ -82,7 +82,7 @@ def test_the_example_of_the_specification() -> None:
     [scope] = group.scope_spans
     [one] = scope.spans
     assert group.resource.attributes[0].value.string_value == "my.service"
-    assert (scope.scope.name, scope.scope.version) == ("my.library", "1.0.0")
+    assert (scope.scope.name, scope.scope.version) == ("shop.checkout", "1.0.0")
     assert scope.scope.attributes[0].key == "my.scope.attribute"
     assert one == Span(
         trace_id=bytes.fromhex(TRACE),
