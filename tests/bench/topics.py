@@ -87,7 +87,7 @@ def send_paced(brokers: str, topic: str, layout: str, spans_per_sec: float, secs
                 break
             ahead_secs = sent_spans / spans_per_sec - passed_secs
             if ahead_secs > PACE_SECS:
-                time.sleep(ahead_secs)
+                time.sleep(ahead_secs)  # waits for nothing: this is the rate
             send(value, int(time.time() * 1000))
             sent_spans += count
     return sent_spans

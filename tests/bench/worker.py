@@ -31,7 +31,7 @@ from tss.sink import Sink
 from tss.source import Source
 
 ROOT = Path(__file__).parent.parent.parent
-POLL_SECS = 0.1
+POLL_SECS = 0.1  # between two counts: fine enough for a run's wall time, and next to no work for the worker
 RUN_SECS = 900
 START_SECS = 120  # on a busy machine
 SELF = Path("/proc/self")

@@ -34,7 +34,8 @@ from tests.stack.install import HERE, Installed, cache_dir, locate, say
 
 READY_SECS = 60  # Kafka takes 4 s on an idle machine with two cores
 STOP_SECS = 20  # Kafka flushes its log; all others are gone in a second
-POLL_SECS = 0.05
+JOIN_SECS = 60  # the nodes of a cluster take 2 s to hear of each other
+POLL_SECS = 0.05  # between two looks: a part does not tell by itself that it serves, joined or ended
 ANSWER_SECS = 5
 
 S3_KEY_ID, S3_SECRET, S3_REGION = "minioadmin", "minioadmin123", "us-east-1"
@@ -299,14 +300,21 @@ def cluster_options() -> list[str]:
 
 
 def join_cluster(parts: Sequence[Part]) -> None:
-    """Masters that were started with `cluster_options` last share the slots."""
+    """Masters that were started with `cluster_options` last share the slots; returns when all of them say so."""
     nodes: list[Any] = [redis.Redis.from_url(part.url, socket_timeout=ANSWER_SECS) for part in parts]
     try:
         for i, node in enumerate(nodes):
             first, end = (CLUSTER_SLOTS * n // len(nodes) for n in (i, i + 1))
             node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
             node.execute_command("CLUSTER", "MEET", LOOPBACK, parts[0].port, parts[0].command[-1])
-        while not all(b"cluster_state:ok" in node.execute_command("CLUSTER", "INFO") for node in nodes):
+        deadline = time.monotonic() + JOIN_SECS
+        while apart := [
+            part.url
+            for part, node in zip(parts, nodes, strict=True)
+            if b"cluster_state:ok" not in node.execute_command("CLUSTER", "INFO")
+        ]:
+            if time.monotonic() > deadline:
+                raise StackError(f"no cluster after {JOIN_SECS} s, as {' and '.join(apart)} say")
             time.sleep(POLL_SECS)
     finally:
         for node in nodes:
