@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.report import CollectorRun
-from tests.bench.stages import cpu_seconds, peak_rss_bytes
+from tests.bench.stages import cpu_seconds, peak_rss_bytes, told_bytes
 from tests.bench.topics import Filled
 from tests.ports import LOOPBACK, free_port
 
@@ -102,10 +102,7 @@ def config_text(
 
 def available_bytes() -> int:
     """Memory that a new process can have."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    return told_bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def measure(

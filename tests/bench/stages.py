@@ -124,19 +124,20 @@ def cpu_seconds(process: Path, *, with_children: bool) -> float:
 
 
 def peak_rss_bytes(process: Path) -> int:
-    return _status_bytes(process, "VmHWM")
+    return told_bytes(process / "status", "VmHWM")
 
 
 def rss_bytes(process: Path) -> int:
     """0 when the process is gone."""
     try:
-        return _status_bytes(process, "VmRSS")
+        return told_bytes(process / "status", "VmRSS")
     except OSError:
         return 0
 
 
-def _status_bytes(process: Path, name: str) -> int:
-    for line in (process / "status").read_text().splitlines():
+def told_bytes(file: Path, name: str) -> int:
+    """Of a file of /proc that tells sizes by name, in kB."""
+    for line in file.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{process}/status has no {name}")
+    raise OSError(f"{file} has no {name}")
