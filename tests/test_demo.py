@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.parts import ROOT, environment_with
+
 pytestmark = [pytest.mark.embedded, pytest.mark.timeout(240)]
 
 ACCOUNT_SECS = 90.0
@@ -28,11 +29,10 @@ class Demo:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("TSS_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tss.demo", *options],
             cwd=folder,
-            env=environment | {"TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])},
+            env=environment_with({"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.bench.stages import LIBRDKAFKA, Moment, Stages, cpu_seconds, peak_rss_bytes, thread_name
+from tests.e2e.parts import environment_with
 from tss import compiler, config, decide, logs
 from tss.buffer import Buffer
 from tss.compiler import Choice, Kernels
@@ -185,7 +186,6 @@ class Measured:
     """A worker's process, started; its log is at hand when it fails."""
 
     def __init__(self, env: Mapping[str, str], log: Path) -> None:
-        own = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | ANY_PORTS | dict(env)
         self._log = log
         with log.open("w") as out:
             self._process = subprocess.Popen(
@@ -195,7 +195,7 @@ class Measured:
                 stderr=out,
                 text=True,
                 cwd=ROOT,
-                env=own,
+                env=environment_with(ANY_PORTS | dict(env)),
             )
 
     def send(self, word: str) -> None:

@@ -88,16 +88,18 @@ class Worker:
     def __init__(self, env: Mapping[str, str], log: Path) -> None:
         self.api_port, self.metrics_port = free_port(), free_port()
         self.log_file = log
-        self._env = {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | {
-            "TSS__OBSERVABILITY__HEALTH_ADDR": LOOPBACK,
-            "TSS__OBSERVABILITY__HEALTH_PORT": str(self.api_port),
-            "TSS__OBSERVABILITY__METRICS_ADDR": LOOPBACK,
-            "TSS__OBSERVABILITY__METRICS_PORT": str(self.metrics_port),
-            **env,
-        }
+        env = environment_with(
+            {
+                "TSS__OBSERVABILITY__HEALTH_ADDR": LOOPBACK,
+                "TSS__OBSERVABILITY__HEALTH_PORT": str(self.api_port),
+                "TSS__OBSERVABILITY__METRICS_ADDR": LOOPBACK,
+                "TSS__OBSERVABILITY__METRICS_PORT": str(self.metrics_port),
+                **env,
+            }
+        )
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tss", "run"], env=self._env, cwd=ROOT, stdout=out, stderr=out
+                [sys.executable, "-m", "tss", "run"], env=env, cwd=ROOT, stdout=out, stderr=out
             )
 
     @property
@@ -162,6 +164,11 @@ class Worker:
         """SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_secs)
+
+
+def environment_with(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process, with these settings in place of those that it has itself."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("TSS")} | dict(settings)
 
 
 def total(workers: Sequence[Worker], name: str) -> float:
