@@ -39,6 +39,15 @@ print(memory.forget_compiler())
 assert numba.njit(lambda x: x * 3)(2) == 6
 """
 
+# How many of a hundred thousand objects are looked at for garbage.
+SETTLED = """
+from tss import memory
+import gc
+objects = [[] for _ in range(100_000)]
+memory.settle()
+print(len(gc.get_objects()))
+"""
+
 
 def printed(program: str) -> int:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -49,6 +58,11 @@ def printed(program: str) -> int:
 def test_what_was_freed_is_given_back() -> None:
     """Memory between blocks that live on goes to the system."""
     assert printed(FREED) > BLOCK_BYTES * BLOCKS * 0.9
+
+
+def test_what_stays_is_not_looked_at_for_garbage() -> None:
+    """Objects from before a worker began cost its collector nothing."""
+    assert printed(SETTLED) < 1000
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

@@ -11,6 +11,7 @@ fresh memory: reading took one and a half times the CPU.
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 ARENAS_MAX = 2  # of glibc; few threads allocate at the same time, as most of them want the interpreter
 GIVE_BACK_SECS = 1.0  # between two looks for free memory: some ms each, and what comes back is touched anew
+NEW_OBJECTS_MAX = 20_000  # between two looks for garbage; a claim makes as many, which soon are freed or stay
 COMPILER = "libllvmlite.so"
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -38,6 +40,15 @@ def give_back() -> None:
     """Hands whole pages in which nothing is in use to the system."""
     if IS_GLIBC:
         _libc.malloc_trim(0)
+
+
+def settle() -> None:
+    """What is there now stays, and is not looked at for garbage again; what comes is looked at less often.
+
+    Hardly anything of a worker is garbage in cycles: each look is for nothing, and costs as much as there are objects.
+    """
+    gc.freeze()
+    gc.set_threshold(NEW_OBJECTS_MAX)
 
 
 def forget_compiler() -> int:

@@ -222,6 +222,7 @@ class Service:
             for writer in self.writers:
                 writer.kernels = kernels
             memory.forget_compiler()
+            memory.settle()
         finally:
             self._kernels_known.set()
         self.kernels = "python" if kernels is compiler.PYTHON else "compiled"
