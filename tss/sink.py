@@ -644,9 +644,9 @@ class _Layout:
 
 def _adapt(rows: pa.Table, target: pa.Schema) -> pa.Table:
     """Our rows with the table's columns and types. A column we lack is null; a required one of ours never is."""
-    columns = []
+    columns, ours = [], frozenset(rows.column_names)
     for field in target:
-        if field.name not in rows.column_names:
+        if field.name not in ours:
             columns.append(pa.nulls(rows.num_rows, field.type))
             continue
         column = rows.column(field.name)
@@ -712,7 +712,7 @@ class _File:
             traces = pc.count_distinct(first["trace_id"]).as_py()
             bloom = {"trace_id": {"ndv": traces, "fpp": BLOOM_FALSE_POSITIVES}}
         writer_class: Any = pq.ParquetWriter  # its published types know neither streams nor bloom filters
-        self._stream: Any = table.io.new_output(self._path).create()
+        self._stream: Any = table.io.new_output(self._path).create(overwrite=True)  # a name nobody has
         self._writer = writer_class(
             self._stream,
             layout.schema,
