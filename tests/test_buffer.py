@@ -5,11 +5,12 @@ Times are log time from `T0` on; only leases and stamps go by the clock of the s
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from tests.sim import resp
 from tests.stack import Part, cluster_options, join_cluster, redis_part
 from tss import config
 from tss.buffer import (
-    COVERAGE_FIELDS_KEPT,
+    COVERAGE_BYTES_KEPT,
     LAG_SECS,
+    LANDING_HEAD,
     RECEIVE_BYTES,
     Buffer,
     ClaimResult,
+    Held,
     Link,
     Node,
     Recorded,
@@ -231,7 +234,14 @@ def decide(
 
 
 def release(buffer: Buffer, *traces: int, me: str = "w1", owner: str = "w1", sequence: int = 1) -> int:
-    return buffer.release(me, owner, sequence, [trace_id(t) for t in traces], TTL_SECS)
+    return release_all(buffer, me, owner, sequence, [trace_id(t) for t in traces])
+
+
+def release_all(buffer: Buffer, me: str, owner: str, sequence: int, ids: Sequence[bytes]) -> int:
+    """With what the claim holds of each, as a writer has read it."""
+    found = {claimed.trace_id: claimed for claimed in buffer.facts([(i, Trigger.INACTIVITY) for i in ids])}
+    told = {i: Held(int(one.facts["spans"].sum()), one.coded_records) for i, one in found.items()}
+    return buffer.release(me, owner, sequence, dict.fromkeys(ids, Held(0, b"")) | told, TTL_SECS)
 
 
 def held(buffer: Buffer, trace: int) -> set[tuple[int, int]]:
@@ -613,10 +623,14 @@ def test_coverage_does_not_grow_for_ever(server: Server, claimed: Buffer) -> Non
     decide(claimed, 1, KEEP)
     (key,) = server.client.scan_iter("*:d:*")
     now_ms = time.time() * 1000
-    for offset in range(1000, 1000 + COVERAGE_FIELDS_KEPT):
+    value = server.client.get(key)
+    for offset in itertools.count(1000):
         age_secs = TTL_SECS * (0.9 if offset < 1003 else 1.1)
-        landed = b"r" + encode_origins([Origin(0, offset, 1)])
-        server.client.hset(key, landed, int(now_ms - age_secs * 1000))
+        landed = encode_origins([Origin(0, offset, 1)])
+        value += LANDING_HEAD.pack(int(now_ms - age_secs * 1000), len(landed)) + landed
+        if len(value) > 2 * COVERAGE_BYTES_KEPT:
+            break
+    server.client.set(key, value)
     release(claimed, 1)
     tick(claimed, 50_000)
     assert claim(claimed, "w2").traces
@@ -733,7 +747,7 @@ def test_nothing_to_do_is_no_fault(buffer: Buffer) -> None:
     assert not buffer.facts([])
     assert not buffer.payloads([])
     assert not buffer.record("w1", "w1", 1, [])
-    assert not buffer.release("w1", "w1", 1, [], TTL_SECS)
+    assert not buffer.release("w1", "w1", 1, {}, TTL_SECS)
     assert not buffer.renew([], LEASE_SECS)
     assert not buffer.abandoned()
     assert not buffer.claimed_by("w1", 1)
@@ -1393,7 +1407,7 @@ def test_a_full_server_can_be_emptied(own_server: Server) -> None:
     drop = [(i, DROP) for i, _ in buffer.claimed_by("w2", 1)]
     assert all(buffer.record("w2", "w2", 1, drop))
     buffer.free("w2", "w2", 1, [i for i, _ in drop])
-    assert buffer.release("w2", "w2", 1, [i for i, _ in drop], TTL_SECS) == 51
+    assert release_all(buffer, "w2", "w2", 1, [i for i, _ in drop]) == 51
     own_server.client.config_set("maxmemory", "256mb")
     assert faults(own_server) == []
     assert buffer.usage().pending_spans == 2

@@ -21,10 +21,10 @@ import redis
 from tests.builders import record, resource_spans, span, trace_id
 from tests.stack import Part
 from tss import config
-from tss.buffer import Buffer, Recorded, Timers
+from tss.buffer import LANDING_HEAD, SIZE, Buffer, Held, Recorded, Timers
 from tss.errors import Fenced, LinkLost, Unavailable
 from tss.metrics import Metrics
-from tss.model import NO_START, Record, Trigger, Verdict, format_records
+from tss.model import NO_START, Origin, Record, Trigger, Verdict, encode_origins, format_records
 from tss.restore import is_current, restore
 from tss.rows import SPANS, Decision, decision_table
 from tss.rules import RuleSet
@@ -291,7 +291,9 @@ def test_what_survived_goes_on(start: Callable[[str], Process], behind: Any) -> 
     (adopted,) = two.buffer.record("w2", "w1", 1, [(trace_id(1), DROP)])
     assert adopted == Recorded(KEEP, frozenset())
     assert two.sink.landed("decisions") == {"w1": 1}, "so its decision is not written again"
-    assert two.buffer.release("w2", "w1", 1, [trace_id(1)], TTL_SECS) == 1
+    (held,) = two.buffer.facts([(trace_id(1), Trigger.INACTIVITY)])
+    told = Held(int(held.facts["spans"].sum()), held.coded_records)
+    assert two.buffer.release("w2", "w1", 1, {trace_id(1): told}, TTL_SECS) == 1
     two.take_in(spans_of(2, 1))
     assert two.claim(1) == {trace_id(2)}
     two.take_in()  # a chunk that was there before is counted off by the next batch
@@ -357,7 +359,8 @@ def test_many_restore_at_once(start: Callable[[str], Process], behind: Any) -> N
         assert set().union(*(process.epochs() for process in processes)) == {processes[0].epoch}
         assert behind.exists("{tss:0}:next-epoch") == 0
         (remembered,) = behind.scan_iter("*:d:*")
-        assert behind.hlen(remembered) == 2
+        once = LANDING_HEAD.size + len(encode_origins([Origin(0, 0, 0)]))
+        assert len(behind.get(remembered)) == SIZE.size + len(KEEP.encode()) + once
 
 
 @pytest.mark.parametrize("killed_after", ["propose", "forget", "enter"])

@@ -11,7 +11,7 @@ a Redis Cluster. Every shard is complete in itself: one MULTI or one script on o
     {tss:n}:big        zset    pending trace over a size limit → log time; judged at once
     {tss:n}:c:<w>:<s>  hash    claimed by writer w in sequence s: id → trigger; `!` after it: TURN has settled it
     {tss:n}:open       set     <w>:<s> of every claim hash that exists
-    {tss:n}:d:<id>     hash    `v` → verdict; `r<records>` → when they landed, one field a sequence
+    {tss:n}:d:<id>     string  verdict, then for each sequence what landed and when (`_JUDGED`)
     {tss:n}:live       zset    writer → lease expiry; who is not in it may not write
     {tss:n}:clock      hash    partition → "<log time> <stamp> <epoch>"
     {tss:n}:spans      string  spans pending or claimed
@@ -26,8 +26,10 @@ Where spans come late for ever, a verdict does not expire, but what landed longe
 A connection belongs to one run of one server. redis-py's clients reconnect and retry by themselves, which would
 publish a clock over spans the server lost; so connections are driven by hand here, and a missing answer ends them
 (`LinkLost`). Lua is used where a decision must be atomic with what it reads, and not for bulk writes, where it would
-double the server's work. Rejected: read-then-delete (a span between the two is lost; claiming renames instead), one
-key a span (a round trip each), eviction and TTLs on payloads (they lose silently).
+double the server's work. What a script costs is the calls it makes, so it asks and writes for a thousand traces at
+once: of each trace alone there is a rename when it is claimed, and a verdict with its expiry when it is released.
+Rejected: read-then-delete (a span between the two is lost; claiming renames instead), one key a span (a round trip
+each), eviction and TTLs on payloads (they lose silently), a hash a verdict (no command writes many of them).
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ import hashlib
 import itertools
 import logging
 import socket
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 import numpy as np
@@ -54,7 +57,7 @@ from redis.retry import Retry
 from tss import config, crashpoints, resp
 from tss.clock import SYSTEM, Clock
 from tss.errors import ConfigError, Fenced, LinkLost, Unavailable
-from tss.model import FACTS, ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
+from tss.model import ROOT, Chunks, Claimed, Trigger, Verdict, decode_origins
 from tss.packing import Dictionary, Packing, Training, Unpacking
 from tss.resp import ChunkWrites, Command, Placed, Request
 
@@ -66,6 +69,9 @@ LAG_SECS = 3.0  # appendfsync everysec: written to disk within 2 s; one more for
 WAITAOF_TIMEOUT_MS = 10_000
 RECEIVE_BYTES = 1 << 18
 ID_BYTES = 16
+SIZE = struct.Struct("<I")  # these three as the scripts read and write them
+LANDING_HEAD = struct.Struct("<qI")
+HELD_HEAD = struct.Struct("<II")
 NOTHING_LANDED: frozenset[tuple[int, int]] = frozenset()
 DICTIONARY_LOOK_SECS = 5.0  # how often a reader without one asks whether the fleet has one
 GUARD_COMMANDS = 2  # in front of a transaction that needs a dictionary
@@ -74,7 +80,9 @@ DICTIONARY_TRIES = 3  # of a batch; a copy that is gone again so often is being 
 PASSING_REFUSALS = ("LOADING ", "BUSY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MISCONF ")
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
-COVERAGE_FIELDS_KEPT = 100  # of a verdict, however old: looking at each in every release would not pay
+COVERAGE_BYTES_KEPT = (
+    4 << 10
+)  # of a verdict, however old: looking at each sequence in every release would not pay
 OPEN_CLAIMS_SCANNED = 4  # times the claim limit: how far past claimed traces the duration timer looks
 
 
@@ -111,20 +119,51 @@ local function bulk(command, arguments, list)
   return sum
 end
 
--- Of the packed ids, each once, those that a claim holds.
-local function held(claim, packed)
-  local ids, known, found = {}, {}, {}
-  for at = 1, #packed, 16 do
-    local id = string.sub(packed, at, at + 15)
-    if not known[id] then ids[#ids + 1], known[id] = id, true end
-  end
-  for i = 1, #ids, 1000 do
-    local notes = redis.call('HMGET', claim, unpack(ids, i, math.min(i + 999, #ids)))
-    for j = 1, #notes do
-      if notes[j] then found[#found + 1] = ids[i + j - 1] end
+-- The answers of a command that gives one to each.
+local function each(command, arguments, list)
+  local out, first = {}, #arguments
+  for i = 1, #list, 1000 do
+    local last = math.min(i + 999, #list)
+    for j = i, last do arguments[first + 1 + j - i] = list[j] end
+    for _, answer in ipairs(redis.call(command, unpack(arguments, 1, first + 1 + last - i))) do
+      out[#out + 1] = answer
     end
   end
-  return found
+  return out
+end
+
+local function named(prefix, ids)
+  local keys = {}
+  for i = 1, #ids do keys[i] = tag .. prefix .. ids[i] end
+  return keys
+end
+"""
+
+# A verdict's key: the size of its text, the text, and for each sequence when it landed, the size of its coded records,
+# and these.
+_JUDGED = """
+local function judged(value)
+  local size = struct.unpack('<I4', value)
+  return string.sub(value, 5, 4 + size), string.sub(value, 5 + size)
+end
+
+local function joined(verdict, landed) return struct.pack('<I4', #verdict) .. verdict .. landed end
+
+-- Each landing, from the oldest on: when, its records, where it begins and ends.
+local function landings(landed)
+  local at = 1
+  return function()
+    if at > #landed then return nil end
+    local when, size = struct.unpack('<i8I4', landed, at)
+    local first = at
+    at = at + 12 + size
+    return when, string.sub(landed, first + 12, at - 1), first, at - 1
+  end
+end
+
+local function landing(when, records)
+  if records == '' then return '' end
+  return struct.pack('<i8I4', when, #records) .. records
 end
 """
 
@@ -162,12 +201,14 @@ if partitions == 0 or #waiting > 0 or #stalled == partitions then clock = -1 end
 
 local taken, pairs, gone = {}, {}, {}
 local function take(id, trigger)
-  local pending, claimed = tag .. 't:' .. id, tag .. 'x:' .. id
-  if redis.call('EXISTS', pending) == 0 then
+  local claimed = tag .. 'x:' .. id
+  local renamed = redis.pcall('RENAMENX', tag .. 't:' .. id, claimed)
+  if renamed == 0 then
+    if clock >= 0 then redis.call('ZADD', tag .. 'seen', 'XX', 'GT', clock, id) end
+  elseif renamed ~= 1 then
+    if not string.find(renamed.err, 'no such key', 1, true) then error(renamed.err) end
     gone[#gone + 1] = id
     if redis.call('EXISTS', claimed) == 0 then redis.call('ZREM', tag .. 'born', id) end
-  elseif redis.call('RENAMENX', pending, claimed) == 0 then
-    if clock >= 0 then redis.call('ZADD', tag .. 'seen', 'XX', 'GT', clock, id) end
   else
     gone[#gone + 1] = id
     for _, list in ipairs({taken, pairs}) do
@@ -209,11 +250,14 @@ if clock >= 0 then
     settle()
   end
   if #taken < 2 * limit then
-    for _, id in ipairs(redis.call('ZRANGE', tag .. 'born', '-inf', clock - duration, 'BYSCORE', 'LIMIT', 0, scanned)) do
-      if #taken >= 2 * limit then break end
-      if redis.call('EXISTS', tag .. 'x:' .. id) == 0 then take(id, 2) end
+    local old = redis.call('ZRANGE', tag .. 'born', '-inf', clock - duration, 'BYSCORE', 'LIMIT', 0, scanned)
+    if bulk('EXISTS', {}, named('x:', old)) < #old then
+      for _, id in ipairs(old) do
+        if #taken >= 2 * limit then break end
+        if redis.call('EXISTS', tag .. 'x:' .. id) == 0 then take(id, 2) end
+      end
+      settle()
     end
-    settle()
   end
 end
 if pressure > 0 and #taken < 2 * pressure then
@@ -226,30 +270,35 @@ return {'ok', clock, table.concat(waiting, ','), table.concat(stalled, ','), due
 )
 
 # Step 9. The first verdict wins. A trace is an id and the number of its candidate among the arguments that follow. The
-# answer to each: 0 the claim is gone, 1 the candidate holds and nothing landed before, else the verdict that holds and
-# what landed.
+# answer to each: 0 the claim is gone, 1 the candidate holds and nothing landed before, else what its key holds.
 RECORD = Script(
     _FULL_MEMORY
     + """
 local tag = ARGV[1]
 """
     + _GUARD
+    + _BULK
     + """
-local claim, traces, first, out = ARGV[4], ARGV[5], 6, {}
+local claim, traces, first, ids, chosen, out = ARGV[4], ARGV[5], 6, {}, {}, {}
 for at = 1, #traces, 18 do
-  local id = string.sub(traces, at, at + 15)
   local high, low = string.byte(traces, at + 16, at + 17)
-  local candidate, key = ARGV[first + high * 256 + low], tag .. 'd:' .. id
-  if redis.call('HEXISTS', claim, id) == 0 then
-    out[#out + 1] = 0
-  elseif redis.call('HSETNX', key, 'v', candidate) == 1 and redis.call('HLEN', key) == 1 then
-    out[#out + 1] = 1
+  ids[#ids + 1] = string.sub(traces, at, at + 15)
+  chosen[#chosen + 1] = ARGV[first + high * 256 + low]
+end
+local keys, fresh = named('d:', ids), {}
+local notes, known = each('HMGET', {claim}, ids), each('MGET', {}, keys)
+for i = 1, #ids do
+  if not notes[i] then
+    out[i] = 0
+  elseif known[i] then
+    redis.call('PERSIST', keys[i])
+    out[i] = known[i]
   else
-    local verdict = redis.call('HGET', key, 'v')
-    redis.call('PERSIST', key)
-    out[#out + 1] = {verdict, redis.call('HKEYS', key)}
+    fresh[#fresh + 1], fresh[#fresh + 2] = keys[i], chosen[i]
+    out[i] = 1
   end
 end
+for i = 1, #fresh, 1000 do redis.call('MSET', unpack(fresh, i, math.min(i + 999, #fresh))) end
 return {'ok', out}
 """
 )
@@ -262,17 +311,21 @@ TURN = Script(
 local tag = ARGV[1]
 """
     + _GUARD
+    + _JUDGED
     + """
 local claim, out = ARGV[4], {}
 for i = 5, #ARGV, 2 do
   local id, upgrade, key = ARGV[i], ARGV[i + 1], tag .. 'd:' .. ARGV[i]
   local note = redis.call('HGET', claim, id)
-  local verdict = note and redis.call('HGET', key, 'v')
-  if verdict and #note == 1 and string.sub(verdict, 1, 1) == '0' then
-    redis.call('HSET', claim, id, note .. '!')
-    if upgrade ~= '' then
-      verdict = upgrade
-      redis.call('HSET', key, 'v', verdict)
+  local value, verdict, landed = note and redis.call('GET', key), nil, nil
+  if value then
+    verdict, landed = judged(value)
+    if #note == 1 and string.sub(verdict, 1, 1) == '0' then
+      redis.call('HSET', claim, id, note .. '!')
+      if upgrade ~= '' then
+        verdict = upgrade
+        redis.call('SET', key, joined(verdict, landed))
+      end
     end
   end
   out[#out + 1] = verdict or false
@@ -281,43 +334,54 @@ return {'ok', out}
 """
 )
 
-# Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed". Coded records may stand
-# one after another, so those of a sequence make one field.
+# Step 13. Coverage is written where the claim is deleted, so "covered" always means "landed". What a claim holds never
+# changes, so the caller, who has read it, says it again: of each trace the id, its spans and its coded records.
 RELEASE = Script(
-    f"""{_FULL_MEMORY}
+    _FULL_MEMORY
+    + """
 local tag = ARGV[1]
-{_GUARD}
-{_BULK}
-local claim, name, ttl, traces, facts = ARGV[4], ARGV[5], ARGV[6], ARGV[7], {FACTS.itemsize}
-local released, spans, ended = {{}}, 0, {{}}
+"""
+    + _GUARD
+    + _BULK
+    + _JUDGED
+    + f"""
+local claim, name, ttl, traces, ids, counts, records = ARGV[4], ARGV[5], ARGV[6], ARGV[7], {{}}, {{}}, {{}}
+local at = 1
+while at <= #traces do
+  local id, count, size = struct.unpack('<c16I4I4', traces, at)
+  ids[#ids + 1], counts[#counts + 1] = id, count
+  records[#records + 1] = string.sub(traces, at + 24, at + 23 + size)
+  at = at + 24 + size
+end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
-local function forget(verdict)
-  local fields = redis.call('HGETALL', verdict)
-  for i = 1, #fields, 2 do
-    if string.sub(fields[i], 1, 1) == 'r' and tonumber(fields[i + 1]) < now - tonumber(ttl) then
-      redis.call('HDEL', verdict, fields[i])
-    end
+local function remembered(landed)
+  if #landed <= {COVERAGE_BYTES_KEPT} then return landed end
+  local kept = {{}}
+  for when, _, first, last in landings(landed) do
+    if when >= now - ttl then kept[#kept + 1] = string.sub(landed, first, last) end
   end
+  return table.concat(kept)
 end
 
-local pending, claimed = {{}}, {{}}
-for _, id in ipairs(held(claim, traces)) do
-  local hash, verdict, landed = tag .. 'x:' .. id, tag .. 'd:' .. id, {{}}
-  for _, field in ipairs(redis.call('HKEYS', hash)) do
-    spans = spans + struct.unpack('<I4', string.sub(field, 9, 12))
-    landed[#landed + 1] = string.sub(field, facts + 1)
+local verdicts = named('d:', ids)
+local notes, values = each('HMGET', {{claim}}, ids), each('MGET', {{}}, verdicts)
+local released, spans, ended = {{}}, 0, {{}}
+for i = 1, #ids do
+  if notes[i] then
+    if values[i] then
+      local verdict, landed = judged(values[i])
+      local value = joined(verdict, remembered(landed) .. landing(now, records[i]))
+      redis.call('SET', verdicts[i], value, 'PX', ttl)
+    end
+    released[#released + 1] = ids[i]
+    spans = spans + counts[i]
   end
-  if #landed > 0 then redis.call('HSET', verdict, 'r' .. table.concat(landed), now) end
-  if redis.call('HLEN', verdict) > {COVERAGE_FIELDS_KEPT} then forget(verdict) end
-  redis.call('PEXPIRE', verdict, ttl)
-  released[#released + 1] = id
-  pending[#pending + 1] = tag .. 't:' .. id
-  claimed[#claimed + 1] = hash
 end
 bulk('HDEL', {{claim}}, released)
-bulk('UNLINK', {{}}, claimed)
+bulk('UNLINK', {{}}, named('x:', released))
+local pending = named('t:', released)
 local waiting = bulk('EXISTS', {{}}, pending) > 0
 for i, id in ipairs(released) do
   local oldest = nil
@@ -347,12 +411,16 @@ local tag = ARGV[1]
     + _GUARD
     + _BULK
     + """
-local freed = held(ARGV[4], ARGV[5])
-for _, id in ipairs(freed) do
-  local key = tag .. 'x:' .. id
-  for _, field in ipairs(redis.call('HKEYS', key)) do redis.call('HSET', key, field, '') end
+local ids, freed = {}, 0
+for at = 1, #ARGV[5], 16 do ids[#ids + 1] = string.sub(ARGV[5], at, at + 15) end
+for i, note in ipairs(each('HMGET', {ARGV[4]}, ids)) do
+  if note then
+    local key = tag .. 'x:' .. ids[i]
+    for _, field in ipairs(redis.call('HKEYS', key)) do redis.call('HSET', key, field, '') end
+    freed = freed + 1
+  end
 end
-return {'ok', #freed}
+return {'ok', freed}
 """
 )
 
@@ -386,6 +454,32 @@ return {'ok'}
 """
 )
 
+# Step 15: verdicts read back, each with the records that landed, or none. Kept wins.
+REMEMBER = Script(
+    """#!lua
+local tag, ttl = ARGV[1], ARGV[2]
+"""
+    + _JUDGED
+    + """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+for i = 3, #ARGV, 3 do
+  local key, verdict, records = tag .. 'd:' .. ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local before, landed = redis.call('GET', key), ''
+  if before then
+    local held
+    held, landed = judged(before)
+    if string.sub(verdict, 1, 1) == '0' then verdict = held end
+    for _, known in landings(landed) do
+      if known == records then records = '' end -- another restore has read the same row
+    end
+  end
+  redis.call('SET', key, joined(verdict, landed .. landing(now, records)), 'PX', ttl)
+end
+return {'ok'}
+"""
+)
+
 # Step 3. Where a dictionary is missing, its key is touched, so that a transaction that watches it fails. It is sent
 # whole each time: if the server had forgotten it, the transaction would not fail.
 NEED = Script(
@@ -411,7 +505,7 @@ return ARGV[3]
 """
 )
 
-SCRIPTS = (CLAIM, RECORD, TURN, RELEASE, FREE, RENEW, ENROLL, AGREE)
+SCRIPTS = (CLAIM, RECORD, TURN, RELEASE, FREE, RENEW, ENROLL, REMEMBER, AGREE)
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -444,6 +538,13 @@ class Recorded:
 
     verdict: Verdict
     coverage: frozenset[tuple[int, int]]
+
+
+class Held(NamedTuple):
+    """Of a claimed trace: its spans, and the records they came in, coded."""
+
+    spans: int
+    records: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -954,7 +1055,7 @@ class Buffer:
             for trace_id, candidate in candidates
         ]
         shards = self._shards_of([trace_id for trace_id, _ in candidates])
-        encoded = [verdict.encode() for verdict in different]
+        encoded = [_sized(verdict.encode()) for verdict in different]
         arguments = {
             shard: [me, self.epoch or "", _claim_key(shard, owner, sequence), b"".join(mine), *encoded]
             for shard, mine in _by_shard(shards, packed).items()
@@ -984,11 +1085,19 @@ class Buffer:
 
     def free(self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes]) -> None:
         """Empties the payloads of dropped traces of an open sequence."""
-        self._scripted(FREE, self._naming(me, owner, sequence, trace_ids))
+        self._scripted(FREE, self._naming(me, owner, sequence, trace_ids, trace_ids))
 
-    def release(self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes], ttl_secs: float) -> int:
-        """Step 13; returns how many were still claimed by that sequence."""
-        arguments = self._naming(me, owner, sequence, trace_ids, f"{owner}:{sequence}", int(ttl_secs * 1000))
+    def release(
+        self, me: str, owner: str, sequence: int, traces: Mapping[bytes, Held], ttl_secs: float
+    ) -> int:
+        """Step 13 with what `facts` told of each trace; returns how many were still claimed by that sequence."""
+        packed = [
+            b"%b%b%b" % (trace_id, HELD_HEAD.pack(spans, len(records)), records)
+            for trace_id, (spans, records) in traces.items()
+        ]
+        arguments = self._naming(
+            *(me, owner, sequence, list(traces), packed, f"{owner}:{sequence}", int(ttl_secs * 1000))
+        )
         released = 0
         for shard, mine in arguments.items():
             crashpoints.passed("within-release")
@@ -996,12 +1105,18 @@ class Buffer:
         return released
 
     def _naming(
-        self, me: str, owner: str, sequence: int, trace_ids: Sequence[bytes], *more: Any
+        self,
+        me: str,
+        owner: str,
+        sequence: int,
+        trace_ids: Sequence[bytes],
+        packed: Sequence[bytes],
+        *more: Any,
     ) -> dict[int, list[Any]]:
-        """Arguments of a script on some traces of a sequence."""
+        """Arguments of a script on some traces of a sequence, of each what it is told."""
         return {
             shard: [me, self.epoch or "", _claim_key(shard, owner, sequence), *more, b"".join(mine)]
-            for shard, mine in _by_shard(self._shards_of(trace_ids), trace_ids).items()
+            for shard, mine in _by_shard(self._shards_of(trace_ids), packed).items()
         }
 
     # --- what there is ---
@@ -1060,19 +1175,14 @@ class Buffer:
     def remember(self, verdicts: Sequence[tuple[bytes, Verdict, bytes | None]], ttl_secs: float) -> None:
         """Verdicts read back from the tables: (trace, verdict, coded records that landed or None). Kept wins.
 
-        One MULTI a shard: who dies in the middle would leave a verdict without an expiry.
+        One script a shard: who dies in the middle would leave a verdict without an expiry.
         """
-        commands: dict[int, list[Command]] = {}
-        now_ms = self._clock.now().wall_ms
+        arguments: dict[int, list[Any]] = {}
         shards = self._shards_of([trace_id for trace_id, _, _ in verdicts])
         for shard, (trace_id, verdict, origins) in zip(shards, verdicts, strict=True):
-            key = _tag(shard) + b"d:" + trace_id
-            mine = commands.setdefault(shard, [])
-            mine.append(("HSET" if verdict.kept else "HSETNX", key, "v", verdict.encode()))
-            if origins is not None:
-                mine.append(("HSET", key, b"r" + origins, now_ms))
-            mine.append(("PEXPIRE", key, int(ttl_secs * 1000)))
-        self._all({shard: [("MULTI",), *mine, ("EXEC",)] for shard, mine in commands.items()})
+            mine = arguments.setdefault(shard, [int(ttl_secs * 1000)])
+            mine += (trace_id, verdict.encode(), origins or b"")
+        self._scripted(REMEMBER, arguments)
 
     def set_epoch(self, epoch: str) -> bool:
         """Sets it on every shard, if the proposal still stands."""
@@ -1096,9 +1206,18 @@ def _recorded(reply: Any, candidate: Recorded) -> Recorded | None:
     """What `RECORD` answers to one trace."""
     if isinstance(reply, int):
         return candidate if reply else None
-    verdict, names = reply
-    origins = (o for name in names if name[:1] == b"r" for o in decode_origins(name[1:]))
-    return Recorded(Verdict.decode(verdict), frozenset((o.partition, o.offset) for o in origins))
+    at = SIZE.size + SIZE.unpack_from(reply)[0]
+    verdict = Verdict.decode(reply[SIZE.size : at])
+    coverage: set[tuple[int, int]] = set()
+    while at < len(reply):
+        _, size = LANDING_HEAD.unpack_from(reply, at)
+        at += LANDING_HEAD.size + size
+        coverage.update((o.partition, o.offset) for o in decode_origins(reply[at - size : at]))
+    return Recorded(verdict, frozenset(coverage))
+
+
+def _sized(verdict: bytes) -> bytes:
+    return SIZE.pack(len(verdict)) + verdict
 
 
 def _tag(shard: int) -> bytes:

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from tss import config, crashpoints, restore
-from tss.buffer import Buffer, Recorded, Timers
+from tss.buffer import Buffer, Held, Recorded, Timers
 from tss.clock import Clock
 from tss.compiler import PYTHON
 from tss.errors import Fenced, LinkLost, Released, Unavailable
@@ -49,6 +49,7 @@ log = logging.getLogger("tss")
 PART_BYTES = 8 << 20  # payloads on their way to a file at once; as rows they take some six times as much
 SPAN_BYTES_GUESS = 2 << 10  # of a payload, before the first part has told
 RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
+NOTHING_HELD = Held(0, b"")
 SEQUENCE_TRACES_MAX = 20_000  # decided traces a sequence holds before it is flushed, for its memory's sake
 
 
@@ -67,7 +68,7 @@ class OpenSequence:
     owner: str
     number: int
     opened_secs: float
-    traces: list[bytes] = field(default_factory=list)
+    traces: dict[bytes, Held] = field(default_factory=dict)
     dropped: list[bytes] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     cuts: list[KeptTrace] = field(default_factory=list)
@@ -260,7 +261,7 @@ class Writer:
         traces = buffer.facts(claimed)
         if len(traces) < len(claimed):  # a claim whose hash is gone still has an entry to release
             found = {trace.trace_id for trace in traces}
-            sequence.traces += [trace_id for trace_id, _ in claimed if trace_id not in found]
+            sequence.traces |= {trace_id: NOTHING_HELD for trace_id, _ in claimed if trace_id not in found}
         if not traces:
             return
         summary = summarise(traces, rules, self.kernels.list_records)
@@ -337,7 +338,7 @@ class Writer:
                 continue
             verdict, coverage = outcome.verdict, outcome.coverage
             late = bool(coverage)
-            sequence.traces.append(trace.trace_id)
+            sequence.traces[trace.trace_id] = Held(spans, trace.coded_records)
             if late or again:
                 pieces = cut({name: name for name in trace.fields}, coverage)
                 records, spans = pieces.records, pieces.spans

@@ -135,7 +135,7 @@ class Verdict:
     rules: int
 
     def encode(self) -> bytes:
-        """For the verdict hash in Redis; the first byte is 1 for kept, 0 for dropped."""
+        """For its key in Redis; the first byte is 1 for kept, 0 for dropped."""
         parts = (
             f"{self.kept:d}",
             self.reason,
@@ -257,6 +257,11 @@ class Claimed:
     @property
     def facts(self) -> NDArray[Any]:
         return np.frombuffer(b"".join(f[: FACTS.itemsize] for f in self.fields), FACTS)
+
+    @property
+    def coded_records(self) -> bytes:
+        """Of all its chunks: coded records may stand one after another."""
+        return b"".join([f[FACTS.itemsize :] for f in self.fields])
 
     def records(self) -> set[tuple[int, int]]:
         return {(o.partition, o.offset) for f in self.fields for o in decode_origins(f[FACTS.itemsize :])}

@@ -51,21 +51,28 @@ def second_claim() -> AbstractContextManager[object]:
     """1: a trace may be claimed again while its first claim is open."""
     return changed_script(
         "CLAIM",
-        ("redis.call('RENAMENX', pending, claimed) == 0", "redis.call('RENAME', pending, claimed) == 0"),
+        ("redis.pcall('RENAMENX'", "redis.pcall('RENAME'"),
+        ("if renamed == 0 then", "if renamed.ok then renamed = 1 end\n  if renamed == 0 then"),
     )
 
 
 def covered_when_recorded() -> AbstractContextManager[object]:
     """2: the verdict is written with the coverage, before anything landed."""
+    begin = "local keys, fresh = named('d:', ids), {}"
     cover = f"""
-    local known = redis.call('HKEYS', key)
-    for _, field in ipairs(redis.call('HKEYS', tag .. 'x:' .. id)) do
-      redis.call('HSET', key, 'r' .. string.sub(field, {FACTS.itemsize + 1}), '')
-    end
-    out[#out + 1] = {{verdict, known}}"""
-    short_cut = "redis.call('HLEN', key) == 1"
+    local function cover(id)
+      local all = ''
+      for _, field in ipairs(redis.call('HKEYS', tag .. 'x:' .. id)) do
+        all = all .. string.sub(field, {FACTS.itemsize + 1})
+      end
+      return struct.pack('<i8I4', 0, #all) .. all
+    end"""
+    late = "out[i] = known[i]"
     return changed_script(
-        "RECORD", (short_cut, "false"), ("out[#out + 1] = {verdict, redis.call('HKEYS', key)}", cover)
+        "RECORD",
+        (begin, begin + cover),
+        (late, f"{late}; redis.call('SET', keys[i], known[i] .. cover(ids[i]))"),
+        ("= keys[i], chosen[i]", "= keys[i], chosen[i] .. cover(ids[i])"),
     )
 
 
@@ -85,13 +92,16 @@ def covered_by_chunk() -> AbstractContextManager[object]:
 
 def last_verdict_wins() -> AbstractContextManager[object]:
     """4: whoever records last changes the verdict."""
-    first_wins = "redis.call('HSETNX', key, 'v', candidate) == 1"
-    return changed_script("RECORD", (first_wins, "redis.call('HSET', key, 'v', candidate)"))
+    last_wins = """
+    local size = struct.unpack('<I4', known[i])
+    out[i] = chosen[i] .. string.sub(known[i], 5 + size)
+    redis.call('SET', keys[i], out[i])"""
+    return changed_script("RECORD", ("out[i] = known[i]", last_wins))
 
 
 def verdict_expires() -> AbstractContextManager[object]:
     """5: a verdict that was released once keeps its expiry under an open claim."""
-    return changed_script("RECORD", ("redis.call('PERSIST', key)", ""))
+    return changed_script("RECORD", ("redis.call('PERSIST', keys[i])", ""))
 
 
 def upgraded_by_its_own() -> AbstractContextManager[object]:

@@ -41,7 +41,7 @@ def stands_still() -> AbstractContextManager[object]:
 
 def decides_again() -> AbstractContextManager[object]:
     """conservation: what landed is not remembered, so what is delivered again is decided again."""
-    return changed_script("RELEASE", ("if #landed > 0 then", "if false then"))
+    return changed_script("RELEASE", ("landing(now, records[i])", "''"))
 
 
 def loses_spans() -> AbstractContextManager[object]:
@@ -76,7 +76,7 @@ def judges_early() -> AbstractContextManager[object]:
 
 def leaves_keys() -> AbstractContextManager[object]:
     """keys_are_owned: a released verdict never expires."""
-    return changed_script("RELEASE", ("redis.call('PEXPIRE', verdict, ttl)", ""))
+    return changed_script("RELEASE", ("value, 'PX', ttl)", "value)"))
 
 
 def counts_wrong() -> AbstractContextManager[object]:

@@ -85,6 +85,8 @@ class Store:
             if name == b"PEXPIRE":
                 command = (b"PEXPIREAT", command[1], b"%d" % (self._now_ms() + int(command[2])))
                 method = Store.pexpireat
+            if name == b"SET" and b"PX" in command[3:]:
+                command = (*command[:3], b"PXAT", b"%d" % (self._now_ms() + int(command[4])))
             self.written.append(tuple(command))
         return method(self, *command[1:])
 
@@ -165,9 +167,19 @@ class Store:
             self.expiries.pop(key, None)
             if b"EX" in words:
                 self.expiries[key] = self._now_ms() + 1000 * int(options[words.index(b"EX") + 1])
+            if b"PXAT" in words:
+                self.expiries[key] = int(options[words.index(b"PXAT") + 1])
         if b"GET" in words:
             return before
         return OK if b"NX" not in words or before is None else None
+
+    def mget(self, *keys: bytes) -> list[bytes | None]:
+        return [self.get(key) for key in keys]
+
+    def mset(self, *pairs: bytes) -> Ok:
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            self.set(key, value)
+        return OK
 
     def incrby(self, key: bytes, by: bytes) -> int:
         value = int(self.keys.get(key, b"0")) + int(by)
@@ -327,6 +339,8 @@ METHODS: dict[bytes, Callable[..., Reply]] = {
             "scan",
             "get",
             "set",
+            "mget",
+            "mset",
             "incrby",
         ),
         *(
@@ -357,6 +371,7 @@ WRITES = frozenset(
             b"PERSIST",
             b"FLUSHALL",
             b"SET",
+            b"MSET",
             b"INCRBY",
             b"DECRBY",
             b"HSET",
@@ -364,7 +379,9 @@ WRITES = frozenset(
         *(b"HSETNX", b"HDEL", b"SADD", b"SREM", b"ZADD", b"ZREM", b"DEL", b"UNLINK"),
     )
 )
-GROWING = frozenset((b"SET", b"INCRBY", b"HSET", b"HSETNX", b"SADD", b"ZADD"))  # refused when memory is full
+GROWING = frozenset(
+    (b"SET", b"MSET", b"INCRBY", b"HSET", b"HSETNX", b"SADD", b"ZADD")
+)  # refused when memory is full
 
 
 # --- scripts -----------------------------------------------------------------------------------------------------
@@ -374,17 +391,18 @@ class Scripts:
     """Redis' Lua. One interpreter serves all servers of this process: `call` is set for the time of a script."""
 
     def __init__(self) -> None:
-        self._lua = lua51.LuaRuntime(encoding=None, unpack_returned_tuples=False)
+        self._lua = lua51.LuaRuntime(encoding=None, unpack_returned_tuples=True)
         self._functions: dict[str, Any] = {}
         self._call: Callable[[Sequence[bytes]], Reply] | None = None
         lua: Any = self._lua
         self._table: Any = lua.table
         make: Any = lua.eval(
-            b"function(call, unpack_one)"
-            b" redis = {call = function(...) return call(...) end}"
-            b" struct = {unpack = function(...) return unpack_one(...) end} end"
+            b"function(call, pcall, pack, unpack)"
+            b" redis = {call = function(...) return call(...) end, pcall = function(...) return pcall(...) end}"
+            b" struct = {pack = function(...) return pack(...) end, unpack = function(...) return unpack(...) end}"
+            b" end"
         )
-        make(self._from_lua_call, _unpack_one)
+        make(self._from_lua_call, self._from_lua_pcall, _pack, _unpack)
 
     def load(self, sha: str, text: str) -> None:
         if sha not in self._functions:
@@ -402,6 +420,12 @@ class Scripts:
     def _from_lua_call(self, *parts: Any) -> Any:
         assert self._call is not None
         return self._to_lua(self._call([_bytes(part) for part in parts]))
+
+    def _from_lua_pcall(self, *parts: Any) -> Any:
+        try:
+            return self._from_lua_call(*parts)
+        except ResponseError as error:
+            return self._lua.table_from({b"err": str(error).encode()})
 
     def _to_lua(self, reply: Reply) -> Any:
         if reply is None:
@@ -430,12 +454,20 @@ class Scripts:
         return out
 
 
-_FORMATS = {b"<I4": struct.Struct("<I"), b"<i8": struct.Struct("<q")}
+_FORMATS = {
+    form: struct.Struct(ours)
+    for form, ours in {b"<I4": "<I", b"<i8": "<q", b"<i8I4": "<qI", b"<c16I4I4": "<16sII"}.items()
+}
 
 
-def _unpack_one(form: bytes, data: bytes) -> int:
-    (value,) = _FORMATS[form].unpack(data)
-    return int(value)
+def _pack(form: bytes, *values: Any) -> bytes:
+    return _FORMATS[form].pack(*(value if isinstance(value, bytes) else int(value) for value in values))
+
+
+def _unpack(form: bytes, data: bytes, at: int = 1) -> tuple[Any, ...]:
+    """The values, and where they end."""
+    found = _FORMATS[form]
+    return (*found.unpack_from(data, int(at) - 1), int(at) + found.size)
 
 
 SCRIPTS = Scripts()
