@@ -109,7 +109,7 @@ def difference(one: Decoded, other: Decoded) -> str | None:
         a, b = getattr(one.chunks, name), getattr(other.chunks, name)
         if a.dtype != b.dtype or not np.array_equal(a, b):
             return f"{name}: {a} and {b}"
-    if type(one.chunks.buffer) is not bytes or one.chunks.buffer != other.chunks.buffer:
+    if type(one.chunks.buffer) is not memoryview or one.chunks.buffer != other.chunks.buffer:
         return "buffer"
     return None
 

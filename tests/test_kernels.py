@@ -278,7 +278,7 @@ def test_a_reader_that_says_something_else_is_found() -> None:
     expected = wire.decode(whole, RULES)
     changed = bytearray(expected.chunks.buffer)
     changed[-1] ^= 1
-    other = replace(expected, chunks=replace(expected.chunks, buffer=bytes(changed)))
+    other = replace(expected, chunks=replace(expected.chunks, buffer=memoryview(bytes(changed))))
     assert fault_of(kernels.Decoder(), whole, RULES, other) == "buffer"
     assert fault_of(kernels.Decoder(), whole, RULES, expected) is None
 

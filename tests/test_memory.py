@@ -77,7 +77,7 @@ def chunks(*traces: int, spans: int = 1) -> Chunks:
     facts["spans"] = spans
     ends = np.arange(len(traces) + 1, dtype=np.int64) * 100
     table = np.frombuffer(ids, np.uint8).reshape(-1, 16)
-    return Chunks(table, facts, bytes(int(ends[-1])), ends, ends[:-1])
+    return Chunks(table, facts, memoryview(bytes(int(ends[-1]))), ends, ends[:-1])
 
 
 def test_the_size_of_a_trace_is_that_of_its_chunks() -> None:

@@ -111,7 +111,7 @@ def test_the_sample_is_bounded_and_may_take_several_batches() -> None:
 
     large = random.Random(1).randbytes(3 * SAMPLE_PAYLOAD_BYTES)
     at = np.array([0], np.int64)
-    one = Chunks(small.trace_ids[:1], small.facts[:1], large, np.array([0, len(large)]), at)
+    one = Chunks(small.trace_ids[:1], small.facts[:1], memoryview(large), np.array([0, len(large)]), at)
     packing = Packing("zstd", Recorded(sample_bytes=1, samples_min=1))
     packing.sample(one)
     assert SAMPLES[1] == [large[:SAMPLE_PAYLOAD_BYTES]]
@@ -148,7 +148,11 @@ def test_what_nothing_repeats_in_is_packed_all_the_same() -> None:
     noise = os.urandom(50_000)
     template = chunks(1, 1)
     batch = Chunks(
-        template.trace_ids, template.facts, noise, np.array([0, len(noise)]), np.array([0], np.int64)
+        template.trace_ids,
+        template.facts,
+        memoryview(noise),
+        np.array([0, len(noise)]),
+        np.array([0], np.int64),
     )
     packing = Packing("zstd", QUICK)
     packing.adopt(QUICK.make([b"x"]))

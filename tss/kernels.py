@@ -973,7 +973,6 @@ class Decoder:
         self._judge = _Judge(RuleSet())
         self._schema = Schema(FIELD_CODES, np.zeros(DEPTH_MAX, np.uint64), np.zeros(DEPTH_MAX, np.uint64))
         self._room = _room(0, hits=0)
-        self._packed = np.empty(0, np.uint8)  # fresh memory for each batch would cost as much as packing
         self._seed = np.uint64(hash("tss.kernels") & (1 << 64) - 1)  # another in each process
         self.odd = 0  # records that took the slow path so far
 
@@ -1044,13 +1043,11 @@ class Decoder:
         np.cumsum(sizes.payloads.astype(np.int64) + FACTS.itemsize, out=field_at[1:])
         field_at[1:] += names.ends.astype(np.int64)
         payload_at = np.empty(traces, np.int64)
-        if len(self._packed) < field_at[-1]:
-            self._packed = np.empty(field_at[-1], np.uint8)
-        packed = self._packed[: field_at[-1]]
+        packed = np.empty(field_at[-1], np.uint8)
         _pack(data, rows, groups, self._room, sizes, names, payload_at, packed)
         firsts = rows[groups.order[groups.starts[:traces]]]
         ids = np.stack([firsts["trace_high"], firsts["trace_low"]], axis=1)
-        return Chunks(ids.view(np.uint8), facts, packed.tobytes(), field_at, payload_at)
+        return Chunks(ids.view(np.uint8), facts, packed.data.toreadonly(), field_at, payload_at)
 
 
 ORIGIN_BYTES_MAX = 40  # four varints of up to ten bytes: partition, records of the group, distance, spans

@@ -106,7 +106,7 @@ class Chunks:
 
     trace_ids: NDArray[np.uint8]
     facts: NDArray[Any]
-    buffer: bytes
+    buffer: memoryview
     field_at: NDArray[np.int64]
     payload_at: NDArray[np.int64]
 
@@ -117,10 +117,10 @@ class Chunks:
         return bytes(self.trace_ids[i])
 
     def field(self, i: int) -> bytes:
-        return self.buffer[self.field_at[i] : self.payload_at[i]]
+        return bytes(self.buffer[self.field_at[i] : self.payload_at[i]])
 
     def payload(self, i: int) -> bytes:
-        return self.buffer[self.payload_at[i] : self.field_at[i + 1]]
+        return bytes(self.buffer[self.payload_at[i] : self.field_at[i + 1]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,9 +190,8 @@ def dictionary_of(payload: bytes) -> int:
 
 
 def _payloads(chunks: Chunks) -> Iterator[memoryview]:
-    buffer = memoryview(chunks.buffer)
     for at, end in zip(chunks.payload_at.tolist(), chunks.field_at[1:].tolist(), strict=True):
-        yield buffer[at:end]
+        yield chunks.buffer[at:end]
 
 
 def _by_lz4(payload: memoryview) -> bytes:

@@ -291,7 +291,7 @@ class _Batch:
         return Chunks(
             trace_ids=np.frombuffer(b"".join(ids), np.uint8).reshape(-1, TRACE_ID_BYTES),
             facts=rows,
-            buffer=b"".join(parts),
+            buffer=memoryview(b"".join(parts)),
             field_at=np.array(field_at, np.int64),
             payload_at=np.array(payload_at, np.int64),
         )

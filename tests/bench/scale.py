@@ -148,7 +148,9 @@ def _chunks(rng: np.random.Generator, first: int, count: int) -> Chunks:
     id_at = FACTS.itemsize + len(ORIGIN) + PAYLOAD.index(PAYLOAD_ID)
     rows[:, id_at : id_at + TRACE_ID_BYTES] = ids
     field_at = np.arange(count + 1, dtype=np.int64) * rows.shape[1]
-    return Chunks(ids, facts, rows.tobytes(), field_at, field_at[:-1] + FACTS.itemsize + len(ORIGIN))
+    return Chunks(
+        ids, facts, memoryview(rows.tobytes()), field_at, field_at[:-1] + FACTS.itemsize + len(ORIGIN)
+    )
 
 
 ORIGIN = encode_origins([Origin(partition=1 << 20, offset=0, spans=1)])  # no topic has so many partitions
