@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +58,17 @@ class Servers:
 
 @dataclass(frozen=True)
 class Outside:
-    """`redis` starts so many empty servers, a cluster if more than one; `topic` makes one, and removes it in the end."""
+    """`redis` starts so many empty servers, a cluster if more than one; `topic` makes one, and removes it in the end.
+
+    A topic's settings come after its name.
+    """
 
     brokers: str
     env: dict[str, str]
     folder: Path
     versions: dict[str, str]
     redis: Callable[[int], AbstractContextManager[Servers]]
-    topic: Callable[[str], AbstractContextManager[str]]
+    topic: Callable[..., AbstractContextManager[str]]
 
     def fresh_env(self, topic: str, servers: Servers) -> dict[str, str]:
         """A worker's settings, with a group and tables that nobody had before."""
@@ -97,7 +100,7 @@ def real(catalog: Literal["rest", "local"]) -> Iterator[Outside]:
             stack.folder,
             {"Kafka": _kafka_version(), "Redis": _redis_version(stack.redis.url)},
             lambda nodes: _redis(stack.folder, nodes),
-            lambda name: _topic(stack.kafka.url, name),
+            lambda name, **settings: _topic(stack.kafka.url, name, settings),
         )
     finally:
         stack.down()
@@ -154,9 +157,10 @@ def _embedded_redis(nodes: int) -> Iterator[Servers]:
 
 
 @contextmanager
-def _topic(brokers: str, name: str) -> Iterator[str]:
+def _topic(brokers: str, name: str, settings: Mapping[str, int]) -> Iterator[str]:
     admin = AdminClient({"bootstrap.servers": brokers, "log_level": 2})
-    wanted = [NewTopic(name, PARTITIONS, 1), NewTopic(f"{name}.dlq", 1, 1)]
+    own = {key.replace("_", "."): str(value) for key, value in settings.items()}
+    wanted = [NewTopic(name, PARTITIONS, 1, config=own), NewTopic(f"{name}.dlq", 1, 1)]
     for made in admin.create_topics(wanted).values():
         made.result(20)
     try:
@@ -167,7 +171,7 @@ def _topic(brokers: str, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def _known_topic(name: str) -> Iterator[str]:
+def _known_topic(name: str, **_: int) -> Iterator[str]:
     yield name
 
 

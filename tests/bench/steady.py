@@ -26,6 +26,10 @@ SAMPLE_SECS = 5.0
 SAID_SECS = 60.0
 DRAINED_SECS = 300.0
 KEPT_PERCENT, RULES = 10, 5
+LITTLE_DISK = {
+    "retention_bytes": 1 << 30,
+    "segment_bytes": 64 << 20,
+}  # of a partition; half an hour may take 60 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ def measure(
     outside: Outside, layout: str, spans_per_sec: int, secs: float, *, inactivity_secs: int = INACTIVITY_SECS
 ) -> Steady:
     """Raises AssertionError when not every span that was sent has been decided in the end."""
-    with outside.topic(topic_name(layout)) as topic, outside.redis(1) as servers:
+    with outside.topic(topic_name(layout), **LITTLE_DISK) as topic, outside.redis(1) as servers:
         case = Case(layout, KEPT_PERCENT, RULES)
         env = env_of(outside, servers, topic, case)
         env["TSS__APP__INACTIVITY_TIMEOUT_SECS"] = str(inactivity_secs)
