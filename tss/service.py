@@ -221,7 +221,7 @@ class Service:
             self.ingest.kernels = kernels
             for writer in self.writers:
                 writer.kernels = kernels
-            memory.forget_compiler()
+            memory.forget_code()
             memory.settle()
         finally:
             self._kernels_known.set()

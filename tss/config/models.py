@@ -95,7 +95,7 @@ class Kafka(Section):
         30_000, ge=1000, description="silence after which the broker gives up on us"
     )
     batch_max_records: int = Field(10_000, ge=1, le=100_000, description="records taken in one batch")
-    batch_max_bytes: int = Field(8 << 20, ge=1 << 10, le=1 << 30, description="bytes taken in one batch")
+    batch_max_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 30, description="bytes taken in one batch")
     commit_interval_secs: float = Field(1, gt=0, le=60, description="how often offsets are committed")
     partition_stall_secs: float = Field(
         300, gt=0, description="a partition nobody reads for so long no longer holds the clock"
