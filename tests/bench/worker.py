@@ -1,9 +1,10 @@
 """A worker, the production one, in a process of its own that times it from within, and how a run of some is led.
 
 The settings come as a worker's do, by the environment. What it is to do comes line by line on standard input, each
-answered with a line of JSON: `start` when everything but reading has started, `read`, `count` as often as one likes,
-`end`. The time that counts is that from `read` to `end`. So neither imports nor compiling count, and the wait for the
-last flush costs next to nothing.
+answered with a line of JSON: `start` when everything but reading has started, `assigned` for how many partitions it
+has, `read`, `count` as often as one likes, `end`. The time that counts is that from `read` to `end`. So neither imports
+nor compiling count, and the wait for the last flush costs next to nothing. Nor does sharing the partitions count: who
+comes first would have read most of them before the second one reads its share anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.bench.generate import PARTITIONS
 from tests.bench.stages import LIBRDKAFKA, Moment, Stages, cpu_seconds, peak_rss_bytes, thread_name
 from tests.e2e.parts import environment_with
 from tss import compiler, config, decide, logs
@@ -27,6 +29,7 @@ from tss.buffer import Buffer
 from tss.compiler import Choice, Kernels
 from tss.decide import Writer
 from tss.ingest import Ingest
+from tss.model import Record
 from tss.service import Service
 from tss.sink import Sink
 from tss.source import Source
@@ -95,22 +98,37 @@ class Run:
 
     def __init__(self) -> None:
         self._stages = Stages()
+        self._poll = Source.poll
+        Source.poll = lambda *given: self._poll_when_told(*given)  # type: ignore[method-assign]
         for owner, name, stage in SEAMS:
             self._stages.wrap(owner, name, stage)
         self._loaded = threading.Event()
         self._reading = threading.Event()
+        self._held: Source | None = None
         settings = config.load(os.environ)
         compiler.load(settings.app.kernels)  # so that the service finds them compiled
         self._load = compiler.load_cached
-        compiler.load_cached = self._kernels_when_told  # which the ingest loop waits for
+        compiler.load_cached = self._timed_kernels
         logs.setup(settings.observability, settings.app.instance_id)
         self._service = Service(settings)
 
-    def _kernels_when_told(self, kernels: Choice) -> Kernels | None:
+    def _poll_when_told(self, source: Source, timeout_secs: float) -> list[Record]:
+        """Joins the group at once, but what it is given there is paused. To ingest it is not: it would make room."""
+        if self._reading.is_set():
+            if self._held is not None:
+                self._held = None
+                source.resume()
+            return self._poll(source, timeout_secs)
+        self._held, source._paused = source, True
+        try:
+            return self._poll(source, timeout_secs)
+        finally:
+            source._paused = False
+
+    def _timed_kernels(self, kernels: Choice) -> Kernels | None:
         loaded = self._load(kernels)
         assert loaded is not None
         self._loaded.set()
-        self._reading.wait()
         return replace(
             loaded,
             decode=self._stages.timed(DECODE, loaded.decode),
@@ -127,6 +145,9 @@ class Run:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not started within {START_SECS} s: {service.status()}")
         return None
+
+    def assigned(self) -> object:
+        return 0 if self._held is None else len(self._held.assigned)
 
     def read(self) -> object:
         self._before = self._stages.moment()
@@ -238,6 +259,7 @@ def measured(
             workers.append(Measured(env, log.with_suffix(f".{number}.log")))
             ends.callback(workers[-1].close)
         _all(workers, "start")
+        _share(workers)
         before_reading()
         begun_secs, redis_before = time.monotonic(), _redis_seconds(redis_pids)
         _all(workers, "read")
@@ -260,6 +282,17 @@ def measured(
         peak_rss_bytes=max(peak for _, peak in found),
         load=load,
     )
+
+
+def _share(workers: Sequence[Measured]) -> None:
+    """Returns when each has its part of the partitions."""
+    deadline = time.monotonic() + START_SECS
+    while sum(counts := _all(workers, "assigned")) < PARTITIONS or max(counts) > -(
+        -PARTITIONS // len(workers)
+    ):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the partitions are not shared within {START_SECS} s: {counts} of {PARTITIONS}")
+        time.sleep(POLL_SECS)
 
 
 def _all(workers: Sequence[Measured], word: str) -> list[Any]:
