@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
@@ -399,7 +399,6 @@ def _resource(about: Sequence[KeyValue], members: Sequence[Span]) -> Any:
     return made
 
 
-@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(
