@@ -277,6 +277,9 @@ BAD = {
         span().SerializeToString(), resource=framed(1, framed(1, b"\xff"))
     ),
     "a scope that is no UTF-8": raw_record(span().SerializeToString(), scope=framed(1, b"\xff")),
+    "a list with a field cut off at its end": raw_record(
+        span().SerializeToString() + framed(9, framed(1, b"k"), framed(2, framed(5, b"\xc2\x00")))
+    ),
     "what ends too early": PLAIN[:-3],
     "garbage": BROKEN,
 }

@@ -679,7 +679,7 @@ def _put_list(
         tag = data[at]
         size, at = read_length(data, at + U1, end)
         if at > end or tag != 0x0A or to + size + U(ITEM_BYTES_MAX) > U(text.size):
-            break
+            return U(NULL)
         if to != begin + U1:
             to = copy_bytes(text, to, LIST_TEXTS, U0, U2)
         to = _put_item(data, at, at + size, text, to)
