@@ -80,9 +80,7 @@ DICTIONARY_TRIES = 3  # of a batch; a copy that is gone again so often is being 
 PASSING_REFUSALS = ("LOADING ", "BUSY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MISCONF ")
 MEMORY_SHARE_OF_MAXMEMORY = 0.8
 MEMORY_SHARE_OF_SYSTEM = 0.5  # without a maxmemory: leave room for the fork of an AOF rewrite
-COVERAGE_BYTES_KEPT = (
-    4 << 10
-)  # of a verdict, however old: looking at each sequence in every release would not pay
+COVERAGE_BYTES_KEPT = 4 << 10  # of a verdict, however old: looking at each sequence each time would not pay
 OPEN_CLAIMS_SCANNED = 4  # times the claim limit: how far past claimed traces the duration timer looks
 
 

@@ -26,10 +26,8 @@ SAMPLE_SECS = 5.0
 SAID_SECS = 60.0
 DRAINED_SECS = 300.0
 KEPT_PERCENT, RULES = 10, 5
-LITTLE_DISK = {
-    "retention_bytes": 1 << 30,
-    "segment_bytes": 64 << 20,
-}  # of a partition; half an hour may take 60 GB
+# Of a partition: all of half an hour may take 60 GB.
+LITTLE_DISK = {"retention_bytes": 1 << 30, "segment_bytes": 64 << 20}
 
 
 @dataclass(frozen=True, slots=True)

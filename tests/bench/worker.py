@@ -292,7 +292,7 @@ def _share(workers: Sequence[Measured]) -> None:
     ):
         if time.monotonic() > deadline:
             raise SystemExit(f"the partitions are not shared within {START_SECS} s: {counts} of {PARTITIONS}")
-        time.sleep(POLL_SECS)
+        time.sleep(POLL_SECS)  # a rebalance takes seconds, and tells nobody outside when it is done
 
 
 def _all(workers: Sequence[Measured], word: str) -> list[Any]:
