@@ -395,14 +395,20 @@ def test_batches_are_bounded_by_bytes(kafka: Kafka) -> None:
     assert numbers(reader.records) == list(range(200))
 
 
-def test_a_batch_of_a_backlog_is_of_all_partitions(wide_kafka: Kafka) -> None:
-    """Partitions are read side by side, not one after another: pieces of a trace on several of them meet in a batch."""
+def test_partitions_of_a_backlog_are_read_side_by_side(wide_kafka: Kafka) -> None:
+    """None is read to its end before another has begun: pieces of a trace on several of them meet in a batch."""
+    for partition in range(PARTITIONS):
+        wide_kafka.produce(1, partition=partition)
+    reader = wide_kafka.reader()
+    reader.read(PARTITIONS)  # all have found their positions, so all begin with the backlog at the same time
+    reader.source.pause()
     for partition in range(PARTITIONS):
         wide_kafka.produce(200, partition=partition, size=20_000)
-    reader = wide_kafka.reader()
-    reader.until(lambda: len(reader.records) == 200 * PARTITIONS)
-    largest = max(reader.batches, key=len)
-    assert {record.partition for record in largest} == set(range(PARTITIONS))
+    reader.source.resume()
+    order = [record.partition for record in reader.read(200 * PARTITIONS)]
+    begun = [order.index(partition) for partition in range(PARTITIONS)]
+    ended = [len(order) - order[::-1].index(partition) for partition in range(PARTITIONS)]
+    assert max(begun) < min(ended)
 
 
 def test_tombstones_are_records(kafka: Kafka) -> None:
