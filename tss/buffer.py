@@ -107,26 +107,27 @@ if redis.call('GET', tag .. 'epoch') ~= ARGV[3] then return {'fenced', 'epoch'} 
 # One command for many, in pieces: what Lua can pass on at once is bounded. A call costs more than what it does, and each
 # write goes to the log of the server by itself.
 _BULK = """
-local function bulk(command, arguments, list)
-  local sum, first = 0, #arguments
+local function pieces(command, arguments, list, answered)
+  local first = #arguments
   for i = 1, #list, 1000 do
     local last = math.min(i + 999, #list)
     for j = i, last do arguments[first + 1 + j - i] = list[j] end
-    sum = sum + redis.call(command, unpack(arguments, 1, first + 1 + last - i))
+    answered(redis.call(command, unpack(arguments, 1, first + 1 + last - i)))
   end
+end
+
+local function bulk(command, arguments, list)
+  local sum = 0
+  pieces(command, arguments, list, function(answer) sum = sum + answer end)
   return sum
 end
 
 -- The answers of a command that gives one to each.
 local function each(command, arguments, list)
-  local out, first = {}, #arguments
-  for i = 1, #list, 1000 do
-    local last = math.min(i + 999, #list)
-    for j = i, last do arguments[first + 1 + j - i] = list[j] end
-    for _, answer in ipairs(redis.call(command, unpack(arguments, 1, first + 1 + last - i))) do
-      out[#out + 1] = answer
-    end
-  end
+  local out = {}
+  pieces(command, arguments, list, function(answers)
+    for _, answer in ipairs(answers) do out[#out + 1] = answer end
+  end)
   return out
 end
 
@@ -296,7 +297,7 @@ for i = 1, #ids do
     out[i] = 1
   end
 end
-for i = 1, #fresh, 1000 do redis.call('MSET', unpack(fresh, i, math.min(i + 999, #fresh))) end
+pieces('MSET', {}, fresh, function() end)
 return {'ok', out}
 """
 )
