@@ -45,6 +45,13 @@ print(freed)
 assert numba.njit(lambda x: x * 3)(2) == 6
 """
 
+# Whether a worker's Arrow asks the C library for memory, as its inputs and outputs do without being told.
+POOLED = """
+import tss.service
+import pyarrow
+print(int(pyarrow.default_memory_pool().backend_name == "system"))
+"""
+
 # How many of a hundred thousand objects are looked at for garbage.
 SETTLED = """
 from tss import memory
@@ -64,6 +71,11 @@ def printed(program: str) -> int:
 def test_what_was_freed_is_given_back() -> None:
     """Memory between blocks that live on goes to the system."""
     assert printed(FREED) > BLOCK_BYTES * BLOCKS * 0.9
+
+
+def test_arrow_keeps_no_memory_of_its_own() -> None:
+    """Its files and tables come from the allocator that gives back what is free."""
+    assert printed(POOLED) == 1
 
 
 def test_what_stays_is_not_looked_at_for_garbage() -> None:

@@ -9,4 +9,10 @@ scripts, what is atomic), `sink` (Iceberg: what makes a commit land once), then 
 and `wire` (pure: bytes to chunks).
 """
 
+import os
+
+os.environ.setdefault(
+    "ARROW_DEFAULT_MEMORY_POOL", "system"
+)  # `tss.memory` says why; Arrow looks once, when it loads
+
 __version__ = "0.1.0"

@@ -1,8 +1,9 @@
 """How a process holds memory: what it has freed goes back to the system, what it needs once it does not keep.
 
-Measured while a backlog is drained of which 10 % is kept, in MB: glibc's arenas, one a thread, and the pool of Arrow
-keep 100 to 200 that nobody uses, as buffers of some MB are freed between small things that live on; 90 are code that
-only the start ran, most of it the compiler's; and huge pages hold 20 to 30 around buffers that use a part of them.
+Measured while a backlog is drained of which 10 % is kept, in MB: glibc's arenas, one a thread, keep 100 to 200 that
+nobody uses, as buffers of some MB are freed between small things that live on; 90 are code that only the start ran,
+most of it the compiler's; 50 to 80 stay in Arrow's own pool, of which those for its inputs and outputs can only be
+chosen before it loads (`tss/__init__.py`); and huge pages hold 20 to 30 around buffers that use a part of them.
 
 Rejected: mapping each large buffer for itself (M_MMAP_THRESHOLD), which frees all at once, but makes every batch touch
 fresh memory: reading took one and a half times the CPU.
@@ -15,8 +16,6 @@ import gc
 import sys
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 ARENAS_MAX = 2  # of glibc; few threads allocate at the same time, as most of them want the interpreter
 GIVE_BACK_SECS = 1.0  # between two looks for free memory: some ms each, and what comes back is touched anew
@@ -35,7 +34,6 @@ def hold_little() -> None:
     """One heap for all, of few parts and small pages. To be called before there are threads."""
     if IS_GLIBC:
         _libc.mallopt(_M_ARENA_MAX, ARENAS_MAX)
-        pa.set_memory_pool(pa.system_memory_pool())
     if IS_LINUX:
         _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
