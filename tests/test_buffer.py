@@ -118,6 +118,7 @@ def cluster(folder: Path) -> Iterator[Server]:
         join_cluster(parts)
         with redis.RedisCluster.from_url(parts[0].url.removesuffix("/0")) as client:
             yield Server(connect_settings(parts[0], cluster_enabled=True), client, tuple(parts))
+            client.disconnect_connection_pools()  # made from a URL, it leaves them open
     finally:
         for part in parts:
             part.stop()

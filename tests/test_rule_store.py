@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from tests.ports import free_port
-from tests.stack import Part
+from tests.stack import Part, cluster_options, join_cluster
 from tss.config import Config, ForceSampling
 from tss.config import Redis as RedisConfig
 from tss.errors import BadRequest, ConfigError, Unavailable
@@ -254,6 +254,22 @@ def test_a_process_that_starts_before_redis(redis_server: Part, store: RuleStore
         assert len(reader.current) == 0
         redis_server.start()
         assert eventually(lambda: len(reader.current) == 1, 10)
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_closed_store_holds_no_connection(redis_server: Part, cluster: bool) -> None:
+    """Whoever closes a store has closed its connections, those to nodes of a cluster, too."""
+    if cluster:
+        redis_server.stop()
+        redis_server.command += cluster_options()
+        redis_server.start()
+        join_cluster([redis_server])
+    store = RuleStore(config(redis_server.url, redis_settings={"cluster_enabled": cluster}))
+    store.add(rule("a"))
+    with redis.Redis.from_url(redis_server.url) as looking:
+        assert len(looking.client_list()) > 1
+        store.close()
+        assert eventually(lambda: len(looking.client_list()) == 1, 2)
 
 
 def test_settings_win_over_the_url(redis_server: Part) -> None:

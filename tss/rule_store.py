@@ -99,7 +99,7 @@ def connect(config: RedisConfig) -> Client:
         "encoding_errors": "replace",  # a damaged value is one bad rule, not a failed reading
     }
     if not config.cluster_enabled:
-        return redis.Redis(connection_pool=ConnectionPool(**options))
+        return redis.Redis.from_pool(ConnectionPool(**options))
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
     if options.pop("db", 0):
         raise ConfigError("redis.db: a Redis Cluster has database 0 only")
