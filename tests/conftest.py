@@ -89,12 +89,8 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[Part]:
-    """An empty Redis of the test's own, at `.url`; it can be killed and started again on the same data.
-
-    What it has answered is on disk. Synced every second, it may keep from its log for two what it has answered.
-    """
+    """An empty Redis of the test's own, at `.url`; it can be killed and started again on the same data."""
     server = redis_part(tmp_path / "redis", free_port(), _redis_binary())
-    server.command += ["--appendfsync", "always"]
     server.start()
     yield server
     server.stop()
