@@ -46,7 +46,7 @@ from tss.wire import new_error, payload_mask
 
 log = logging.getLogger("tss")
 
-PART_BYTES = 8 << 20  # payloads on their way to a file at once; as rows they take some six times as much
+PART_BYTES = 4 << 20  # payloads on their way to a file at once; as rows they take some six times as much
 SPAN_BYTES_GUESS = 2 << 10  # of a payload, before the first part has told
 RETRY_SECS = (0.5, 1.0, 2.0, 5.0)  # between tries while the catalog is away; the last repeats
 NOTHING_HELD = Held(0, b"")

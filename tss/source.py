@@ -47,7 +47,7 @@ REQUEST_TIMEOUT_SECS = 10.0
 PARTITIONS_REFRESH_SECS = 30.0
 CLIENTS_REPLACED_SECS = 60.0  # without an answer; most restarts of a broker take less
 DEAD_LETTER_TIMEOUT_SECS = 30.0
-PREFETCH_BYTES = 16 << 20  # in librdkafka's own queue, four batches; what one answer brings comes on top
+PREFETCH_BYTES = 8 << 20  # in librdkafka's own queue, two batches; what one answer brings comes on top
 FETCH_BYTES = 8 << 20  # one answer; its default of 50 MB would be what a reader holds
 # Of one partition in it. A trace's spans are spread over partitions, so a batch of few of them has it in more pieces:
 # 4 MB here cost half as much again for each span. Less is not to be had: Kafka gives whole batches of up to 1 MB.
