@@ -32,6 +32,11 @@ copy is there (a round trip, and Redis may be emptied right after it); the dicti
 megabyte of it a second for an idle fleet); a dictionary for each process (N of them to hold and to fetch); training
 anew as payloads change (old copies would need an owner who knows when the last payload is gone; names, which are
 most of what a dictionary holds, change slowly).
+
+Also rejected, in µs of packing a span where a collector's batches are interleaved: all payloads of a batch and shard
+in one frame (0.63 for 0.86 and no smaller, but 0.25 more to unpack the frames that hold a kept trace, nearly all of
+them); each resource only once in Redis (0.58 for 0.78 and a sixth less memory, but a payload would not be whole, and a
+resource would need an owner); equal resources within a payload put together (0.72 for 0.78).
 """
 
 from __future__ import annotations
