@@ -226,7 +226,7 @@ def test_polling_finds_changes_without_pubsub(redis_server: Part, store: RuleSto
     with running(config(redis_server.url, use_pubsub=False, poll_interval_secs=0.3)) as reader:
         assert eventually(lambda: reader.refreshed_at is not None, 5)
         store.add(rule("a"))
-        assert eventually(lambda: len(reader.current) == 1, 2)
+        assert eventually(lambda: len(reader.current) == 1, PROMPT_SECS)
 
 
 def test_an_outage_keeps_the_last_good_set(redis_server: Part, store: RuleStore) -> None:
@@ -243,7 +243,7 @@ def test_an_outage_keeps_the_last_good_set(redis_server: Part, store: RuleStore)
             assert down.value.setting == "redis.url"
         assert eventually(lambda: reader.last_error is None, 10)
         store.add(rule("b"))
-        assert eventually(lambda: "b" in [r.id for r in reader.current.rules], 2)
+        assert eventually(lambda: "b" in [r.id for r in reader.current.rules], PROMPT_SECS)
 
 
 def test_a_process_that_starts_before_redis(redis_server: Part, store: RuleStore) -> None:
@@ -270,7 +270,7 @@ def test_a_closed_store_holds_no_connection(redis_server: Part, cluster: bool) -
     with redis.Redis.from_url(redis_server.url) as looking:
         assert len(looking.client_list()) > 1
         store.close()
-        assert eventually(lambda: len(looking.client_list()) == 1, 2)
+        assert eventually(lambda: len(looking.client_list()) == 1, PROMPT_SECS)
 
 
 def test_settings_win_over_the_url(redis_server: Part) -> None:

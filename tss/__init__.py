@@ -11,8 +11,7 @@ and `wire` (pure: bytes to chunks).
 
 import os
 
-os.environ.setdefault(
-    "ARROW_DEFAULT_MEMORY_POOL", "system"
-)  # `tss.memory` says why; Arrow looks once, when it loads
+# Before anything loads Arrow, which looks once: `tss.memory` says why.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 __version__ = "0.1.0"
