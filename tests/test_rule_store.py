@@ -14,13 +14,13 @@ import redis
 
 from tests.ports import free_port
 from tests.stack import Part, cluster_options, join_cluster
+from tss.buffer import LAG_SECS
 from tss.config import Config, ForceSampling
 from tss.config import Redis as RedisConfig
 from tss.errors import BadRequest, ConfigError, Unavailable
 from tss.rule_store import KEY, REVISION, RuleStore, connect
 from tss.rules import FORCE_RULES_MAX, ForceRule, new_rule
 
-PROMPT_SECS = 5.0  # a second where nothing else runs; the next poll would take a minute
 NOW = datetime(2026, 11, 21, 10, tzinfo=UTC)
 DEMO = {"resource": [{"key": "service.name", "op": "eq", "value": "demo-service"}]}
 
@@ -204,21 +204,21 @@ def test_switched_off_rules_are_kept_but_not_applied(redis_server: Part) -> None
     store.close()
 
 
-def test_changes_are_live_everywhere_at_once(redis_server: Part, store: RuleStore) -> None:
-    """With pub/sub, every process applies a new, switched or deleted rule, long before it would poll."""
+def test_changes_are_live_everywhere_within_a_second(redis_server: Part, store: RuleStore) -> None:
+    """With pub/sub, every process applies a new, switched or deleted rule within a second."""
     settings = config(redis_server.url)
     with running(settings) as one, running(settings) as two:
         assert eventually(lambda: one.refreshed_at is not None and two.refreshed_at is not None, 5)
         time.sleep(0.3)
         store.add(rule("a"))
-        assert eventually(lambda: len(one.current) == len(two.current) == 1, PROMPT_SECS)
+        assert eventually(lambda: len(one.current) == len(two.current) == 1, 1)
         assert one.current.version == two.current.version
         store.set_enabled("a", False)
-        assert eventually(lambda: len(one.current) == len(two.current) == 0, PROMPT_SECS)
+        assert eventually(lambda: len(one.current) == len(two.current) == 0, 1)
         store.set_enabled("a", True)
-        assert eventually(lambda: len(one.current) == len(two.current) == 1, PROMPT_SECS)
+        assert eventually(lambda: len(one.current) == len(two.current) == 1, 1)
         store.delete("a")
-        assert eventually(lambda: len(one.current) == len(two.current) == 0, PROMPT_SECS)
+        assert eventually(lambda: len(one.current) == len(two.current) == 0, 1)
 
 
 def test_polling_finds_changes_without_pubsub(redis_server: Part, store: RuleStore) -> None:
@@ -226,7 +226,7 @@ def test_polling_finds_changes_without_pubsub(redis_server: Part, store: RuleSto
     with running(config(redis_server.url, use_pubsub=False, poll_interval_secs=0.3)) as reader:
         assert eventually(lambda: reader.refreshed_at is not None, 5)
         store.add(rule("a"))
-        assert eventually(lambda: len(reader.current) == 1, PROMPT_SECS)
+        assert eventually(lambda: len(reader.current) == 1, 2)
 
 
 def test_an_outage_keeps_the_last_good_set(redis_server: Part, store: RuleStore) -> None:
@@ -234,6 +234,7 @@ def test_an_outage_keeps_the_last_good_set(redis_server: Part, store: RuleStore)
     store.add(rule("a"))
     with running(config(redis_server.url)) as reader:
         assert eventually(lambda: len(reader.current) == 1, 5)
+        time.sleep(LAG_SECS)  # a slow disk keeps what is confirmed from the log for two seconds
         with redis_server.down():
             assert eventually(lambda: reader.last_error is not None, 5)
             assert len(reader.current) == 1
@@ -243,7 +244,7 @@ def test_an_outage_keeps_the_last_good_set(redis_server: Part, store: RuleStore)
             assert down.value.setting == "redis.url"
         assert eventually(lambda: reader.last_error is None, 10)
         store.add(rule("b"))
-        assert eventually(lambda: "b" in [r.id for r in reader.current.rules], PROMPT_SECS)
+        assert eventually(lambda: len(reader.current) == 2, 2)
 
 
 def test_a_process_that_starts_before_redis(redis_server: Part, store: RuleStore) -> None:
@@ -270,7 +271,7 @@ def test_a_closed_store_holds_no_connection(redis_server: Part, cluster: bool) -
     with redis.Redis.from_url(redis_server.url) as looking:
         assert len(looking.client_list()) > 1
         store.close()
-        assert eventually(lambda: len(looking.client_list()) == 1, PROMPT_SECS)
+        assert eventually(lambda: len(looking.client_list()) == 1, 2)
 
 
 def test_settings_win_over_the_url(redis_server: Part) -> None:
