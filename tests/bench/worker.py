@@ -286,10 +286,8 @@ def measured(
 
 def _share(workers: Sequence[Measured]) -> None:
     """Returns when each has its part of the partitions."""
-    deadline = time.monotonic() + START_SECS
-    while sum(counts := _all(workers, "assigned")) < PARTITIONS or max(counts) > -(
-        -PARTITIONS // len(workers)
-    ):
+    deadline, share = time.monotonic() + START_SECS, -(-PARTITIONS // len(workers))
+    while sum(counts := _all(workers, "assigned")) < PARTITIONS or max(counts) > share:
         if time.monotonic() > deadline:
             raise SystemExit(f"the partitions are not shared within {START_SECS} s: {counts} of {PARTITIONS}")
         time.sleep(POLL_SECS)  # a rebalance takes seconds, and tells nobody outside when it is done
